@@ -1,0 +1,3 @@
+//! Mesh identity for the pods of one host, as a library that `pool-agent` embeds.
+
+pub mod netns;
