@@ -25,7 +25,10 @@ impl Netns {
     /// Opens a bind-mounted namespace (`/run/netns/…`) or `/proc/PID/ns/net`.
     pub fn open(path: impl Into<PathBuf>) -> io::Result<Self> {
         let path = path.into();
-        Ok(Self { file: Arc::new(File::open(&path)?), path })
+        Ok(Self {
+            file: Arc::new(File::open(&path)?),
+            path,
+        })
     }
 
     pub fn path(&self) -> &Path {

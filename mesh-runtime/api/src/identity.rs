@@ -27,23 +27,26 @@ fn segment(text: &str) -> bool {
         && text.len() <= 253
         && text != "."
         && text != ".."
-        && text.bytes().all(|c| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'-' | b'_'))
+        && text
+            .bytes()
+            .all(|c| c.is_ascii_alphanumeric() || matches!(c, b'.' | b'-' | b'_'))
 }
 
 impl Identity {
-    pub fn new(
-        trust_domain: &str,
-        namespace: &str,
-        service_account: &str,
-    ) -> Result<Self, InvalidIdentity> {
-        if [trust_domain, namespace, service_account].into_iter().all(segment) {
+    pub fn new(trust_domain: &str, namespace: &str, service_account: &str) -> Result<Self, InvalidIdentity> {
+        if [trust_domain, namespace, service_account]
+            .into_iter()
+            .all(segment)
+        {
             Ok(Self(Arc::new(Parts {
                 trust_domain: trust_domain.into(),
                 namespace: namespace.into(),
                 service_account: service_account.into(),
             })))
         } else {
-            Err(InvalidIdentity { id: format!("spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}") })
+            Err(InvalidIdentity {
+                id: format!("spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}"),
+            })
         }
     }
 
@@ -67,9 +70,14 @@ impl FromStr for Identity {
         let invalid = || InvalidIdentity { id: id.to_owned() };
         let mut parts = id.strip_prefix("spiffe://").ok_or_else(invalid)?.split('/');
         match [(); 6].map(|()| parts.next()) {
-            [Some(domain), Some("ns"), Some(namespace), Some("sa"), Some(account), None] => {
-                Self::new(domain, namespace, account).map_err(|_| invalid())
-            }
+            [
+                Some(domain),
+                Some("ns"),
+                Some(namespace),
+                Some("sa"),
+                Some(account),
+                None,
+            ] => Self::new(domain, namespace, account).map_err(|_| invalid()),
             _ => Err(invalid()),
         }
     }
@@ -77,7 +85,11 @@ impl FromStr for Identity {
 
 impl fmt::Display for Identity {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Parts { trust_domain, namespace, service_account } = &*self.0;
+        let Parts {
+            trust_domain,
+            namespace,
+            service_account,
+        } = &*self.0;
         write!(f, "spiffe://{trust_domain}/ns/{namespace}/sa/{service_account}")
     }
 }
@@ -96,7 +108,10 @@ mod tests {
     fn an_identity_is_read_and_written_back() {
         let text = "spiffe://cluster.local/ns/shop/sa/web";
         let id: Identity = text.parse().unwrap();
-        assert_eq!((id.trust_domain(), id.namespace(), id.service_account()), ("cluster.local", "shop", "web"));
+        assert_eq!(
+            (id.trust_domain(), id.namespace(), id.service_account()),
+            ("cluster.local", "shop", "web")
+        );
         assert_eq!(id.to_string(), text);
     }
 

@@ -194,7 +194,10 @@ impl SandboxKey {
 
 impl From<&SandboxKey> for wire::SandboxKey {
     fn from(key: &SandboxKey) -> Self {
-        Self { pod_uid: (&key.pod).into(), attempt: key.attempt.get() }
+        Self {
+            pod_uid: (&key.pod).into(),
+            attempt: key.attempt.get(),
+        }
     }
 }
 

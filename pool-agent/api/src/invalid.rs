@@ -12,7 +12,10 @@ pub struct Invalid {
 
 impl Invalid {
     pub fn new(field: impl Into<String>, problem: impl fmt::Display) -> Self {
-        Self { field: field.into(), problem: problem.to_string() }
+        Self {
+            field: field.into(),
+            problem: problem.to_string(),
+        }
     }
 
     pub(crate) fn missing(field: impl Into<String>) -> Self {
@@ -21,7 +24,10 @@ impl Invalid {
 
     /// The same refusal, seen from the message that holds this one in `parent`.
     pub fn within(self, parent: impl fmt::Display) -> Self {
-        Self { field: format!("{parent}.{}", self.field), problem: self.problem }
+        Self {
+            field: format!("{parent}.{}", self.field),
+            problem: self.problem,
+        }
     }
 }
 

@@ -23,8 +23,8 @@ pub mod tenant;
 
 pub use host::{Host, Resources};
 pub use id::{
-    Attempt, ContainerName, HostName, Namespace, PodName, PodUid, SandboxKey, ServiceAccountName,
-    TenantId, VolumeName,
+    Attempt, ContainerName, HostName, Namespace, PodName, PodUid, SandboxKey, ServiceAccountName, TenantId,
+    VolumeName,
 };
 pub use invalid::Invalid;
 pub use peer::{Peer, PeerId};

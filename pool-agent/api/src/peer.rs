@@ -27,14 +27,22 @@ impl FromStr for PeerId {
         let shape = || {
             Invalid::new(
                 "certificate URI",
-                format_args!("{uri:?} is neither spiffe://DOMAIN/host/NAME nor spiffe://DOMAIN/tenant/ID/virtual-node"),
+                format_args!(
+                    "{uri:?} is neither spiffe://DOMAIN/host/NAME nor spiffe://DOMAIN/tenant/ID/virtual-node"
+                ),
             )
         };
         let rest = uri.strip_prefix("spiffe://").ok_or_else(shape)?;
         let mut parts = rest.split('/');
-        let trust_domain = parts.next().filter(|d| !d.is_empty()).ok_or_else(shape)?.to_owned();
+        let trust_domain = parts
+            .next()
+            .filter(|d| !d.is_empty())
+            .ok_or_else(shape)?
+            .to_owned();
         let peer = match (parts.next(), parts.next(), parts.next(), parts.next()) {
-            (Some("host"), Some(name), None, None) => Peer::Host(HostName::parse("certificate URI: host", name)?),
+            (Some("host"), Some(name), None, None) => {
+                Peer::Host(HostName::parse("certificate URI: host", name)?)
+            }
             (Some("tenant"), Some(id), Some("virtual-node"), None) => {
                 Peer::VirtualNode(TenantId::parse("certificate URI: tenant", id)?)
             }
@@ -48,7 +56,9 @@ impl fmt::Display for PeerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.peer {
             Peer::Host(name) => write!(f, "spiffe://{}/host/{name}", self.trust_domain),
-            Peer::VirtualNode(tenant) => write!(f, "spiffe://{}/tenant/{tenant}/virtual-node", self.trust_domain),
+            Peer::VirtualNode(tenant) => {
+                write!(f, "spiffe://{}/tenant/{tenant}/virtual-node", self.trust_domain)
+            }
         }
     }
 }
@@ -59,7 +69,10 @@ mod tests {
 
     #[test]
     fn a_peer_is_read_from_its_uri_and_written_back() {
-        for uri in ["spiffe://pool.example/host/host-a", "spiffe://pool/tenant/acme/virtual-node"] {
+        for uri in [
+            "spiffe://pool.example/host/host-a",
+            "spiffe://pool/tenant/acme/virtual-node",
+        ] {
             assert_eq!(uri.parse::<PeerId>().unwrap().to_string(), uri);
         }
     }

@@ -26,7 +26,10 @@ pub enum RefusalReason {
 impl RefusalReason {
     /// Whether another host may take the same sandbox.
     pub fn another_host_may_accept(self) -> bool {
-        matches!(self, Self::NoRoom | Self::Draining | Self::Unsupported | Self::Unknown | Self::UnknownTenant)
+        matches!(
+            self,
+            Self::NoRoom | Self::Draining | Self::Unsupported | Self::Unknown | Self::UnknownTenant
+        )
     }
 }
 
@@ -51,7 +54,11 @@ impl From<wire::Refused> for Refusal {
             W::Unsupported => RefusalReason::Unsupported,
             W::Unspecified => RefusalReason::Unknown,
         };
-        Self { reason, message: refused.message, free: refused.free.unwrap_or_default().into() }
+        Self {
+            reason,
+            message: refused.message,
+            free: refused.free.unwrap_or_default().into(),
+        }
     }
 }
 
@@ -68,6 +75,10 @@ impl From<Refusal> for wire::Refused {
             RefusalReason::Unsupported => W::Unsupported,
             RefusalReason::Unknown => W::Unspecified,
         };
-        Self { reason: reason.into(), message: refusal.message, free: Some(refusal.free.into()) }
+        Self {
+            reason: reason.into(),
+            message: refusal.message,
+            free: Some(refusal.free.into()),
+        }
     }
 }

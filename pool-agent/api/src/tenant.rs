@@ -48,7 +48,10 @@ impl TryFrom<wire::Tenant> for Tenant {
                 Invalid::new(field, format_args!("{text:?} is not a CIDR such as 10.77.1.0/24"))
             })?;
             if net != net.trunc() {
-                return Err(Invalid::new(field, format_args!("has host bits set: write {}", net.trunc())));
+                return Err(Invalid::new(
+                    field,
+                    format_args!("has host bits set: write {}", net.trunc()),
+                ));
             }
             Ok(net)
         };
@@ -59,13 +62,20 @@ impl TryFrom<wire::Tenant> for Tenant {
         let pod_range = cidr("pod_range", &t.pod_range)?;
         let cluster_pod_range = cidr("cluster_pod_range", &t.cluster_pod_range)?;
         if !cluster_pod_range.contains(&pod_range) {
-            return Err(Invalid::new("pod_range", format_args!("must lie within cluster_pod_range {cluster_pod_range}")));
+            return Err(Invalid::new(
+                "pod_range",
+                format_args!("must lie within cluster_pod_range {cluster_pod_range}"),
+            ));
         }
         if t.cluster_domain.is_empty() {
             return Err(Invalid::missing("cluster_domain"));
         }
         let mesh = required("mesh_control", t.mesh_control)?;
-        if mesh.address.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
+        if mesh
+            .address
+            .rsplit_once(':')
+            .is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err())
+        {
             return Err(Invalid::new("mesh_control.address", "must be host:port"));
         }
         if mesh.trust_domain.is_empty() {
@@ -77,7 +87,9 @@ impl TryFrom<wire::Tenant> for Tenant {
             cluster_pod_range,
             cluster_domain: t.cluster_domain,
             dns_address: ip("dns_address", &t.dns_address)?,
-            upstream_nameservers: each("upstream_nameservers", t.upstream_nameservers, |s| ip("address", &s))?,
+            upstream_nameservers: each("upstream_nameservers", t.upstream_nameservers, |s| {
+                ip("address", &s)
+            })?,
             mesh_control: MeshControl {
                 address: mesh.address,
                 trust_domain: mesh.trust_domain,
