@@ -7,6 +7,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     for file in files {
         println!("cargo::rerun-if-changed=proto/{file}");
     }
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    // Maps in key order: the control plane's versions are hashes of the encoding.
+    tonic_prost_build::configure()
+        .btree_map(".")
+        .compile_fds(descriptors)?;
     Ok(())
 }
