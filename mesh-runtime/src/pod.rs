@@ -33,6 +33,10 @@ pub struct PodRecord {
 impl PodRecord {
     /// The pod's identity in `trust_domain`. An unmeshed pod must not be given it.
     pub fn identity(&self, trust_domain: &str) -> Result<Identity, InvalidIdentity> {
-        Identity::new(trust_domain, self.namespace.as_str(), self.service_account.as_str())
+        Identity::new(
+            trust_domain,
+            self.namespace.as_str(),
+            self.service_account.as_str(),
+        )
     }
 }

@@ -49,11 +49,13 @@ impl Listeners {
     /// and a new process can hold theirs at the same time.
     pub fn open(router: &Netns) -> Result<Self, OpenListenerError> {
         let open = |name: &'static str, kind: Type, protocol: Protocol| {
-            router.enter(|| transparent(kind, protocol)).map_err(|source| OpenListenerError {
-                name,
-                netns: router.path().display().to_string(),
-                source,
-            })
+            router
+                .enter(|| transparent(kind, protocol))
+                .map_err(|source| OpenListenerError {
+                    name,
+                    netns: router.path().display().to_string(),
+                    source,
+                })
         };
         let tcp = |name| open(name, Type::STREAM, Protocol::TCP).map(TcpListener::from);
         Ok(Self {
