@@ -1,7 +1,9 @@
 // Command devcluster is a Kubernetes control plane in one binary, for machines
 // that have no cluster: the upstream etcd, API server, controller manager,
 // scheduler and kubectl, linked from their Go modules and selected by the first
-// argument. Each component runs as a process of its own, as it would anywhere.
+// argument, or by the name under which the binary is called (a link named
+// kubectl is kubectl). Each component runs as a process of its own, as it would
+// anywhere. deploy/local builds it and knows the flags.
 //
 // Nothing of Kubernetes is changed or configured here: every flag after the
 // component's name goes to the upstream command as it is.
@@ -10,6 +12,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"github.com/spf13/cobra"
 	"k8s.io/component-base/cli"
@@ -33,12 +36,14 @@ var components = map[string]func() *cobra.Command{
 }
 
 func main() {
-	if len(os.Args) < 2 || components[os.Args[1]] == nil {
+	if components[filepath.Base(os.Args[0])] == nil {
+		os.Args = os.Args[1:]
+	}
+	if len(os.Args) == 0 || components[filepath.Base(os.Args[0])] == nil {
 		fmt.Fprintln(os.Stderr, "usage: devcluster etcd|kube-apiserver|kube-controller-manager|kube-scheduler|kubectl [FLAGS]")
 		os.Exit(2)
 	}
-	name := os.Args[1]
-	os.Args = append([]string{name}, os.Args[2:]...)
+	name := filepath.Base(os.Args[0])
 	command := components[name]()
 	if name == "kubectl" {
 		if err := cli.RunNoErrOutput(command); err != nil {

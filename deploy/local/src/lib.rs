@@ -1,1 +1,33 @@
+//! A cluster, a pool and a demo on one machine.
+//!
+//! The `spindrift-local` program makes it for a person, the tests for
+//! themselves: a Kubernetes control plane, a virtual node and pool hosts, each
+//! in network namespaces of the instance. See [`topology`] for the picture and
+//! [`lab`] for where to start reading.
+//!
+//! It always holds that nothing is made in the machine's own network namespace
+//! but one listener on loopback, and that `down` finds everything by the
+//! instance's name.
 
+pub mod artifacts;
+pub mod cache;
+pub mod cluster;
+pub mod component;
+pub mod containerd;
+pub mod control_plane;
+mod file;
+pub mod images;
+pub mod instance;
+pub mod lab;
+pub mod netns;
+pub mod pki;
+pub mod process;
+pub mod progress;
+pub mod relay;
+pub mod requirements;
+pub mod tool;
+pub mod topology;
+
+pub use instance::{InstanceName, Layout};
+pub use lab::{Lab, Options};
+pub use progress::Progress;

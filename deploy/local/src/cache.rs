@@ -1,0 +1,197 @@
+//! Things that take long to build, kept between runs under a hash of what they
+//! were made from.
+//!
+//! A second run finds the hash and does nothing; a changed input has another
+//! hash and is built beside the old. Two runs at once take turns.
+
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+};
+
+use nix::fcntl::{Flock, FlockArg};
+use sha2::{Digest, Sha256};
+
+use crate::{file, progress::Step};
+
+#[derive(Clone, Debug)]
+pub struct Cache {
+    root: PathBuf,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum CacheError {
+    #[error("cannot use the cache directory {}", .path.display())]
+    Directory { path: PathBuf, #[source] source: io::Error },
+    #[error("cannot read {}, which goes into a build", .path.display())]
+    Input { path: PathBuf, #[source] source: io::Error },
+}
+
+/// How many versions of a thing are kept, the newest first: going back and
+/// forth between two branches rebuilds nothing.
+const KEPT: usize = 3;
+
+impl Cache {
+    pub fn new(root: PathBuf) -> Self {
+        Self { root }
+    }
+
+    /// The directory of the thing `name` made from what `key` hashed; `build`
+    /// fills it if it is not there. A build that fails or is killed leaves
+    /// nothing that a later run would take for whole.
+    pub async fn ensure<E: From<CacheError>>(
+        &self,
+        name: &str,
+        key: Key,
+        step: &Step,
+        build: impl AsyncFnOnce(&Path) -> Result<(), E>,
+    ) -> Result<PathBuf, E> {
+        let shelf = self.root.join(name);
+        let at = |path: &Path, source| CacheError::Directory { path: path.to_owned(), source };
+        std::fs::create_dir_all(&shelf).map_err(|e| at(&shelf, e))?;
+        let wanted = shelf.join(key.finish());
+        if !wanted.exists() {
+            let _turn = lock(&shelf.join(".lock"), step).await.map_err(|e| at(&shelf, e))?;
+            // Another run may have built it while this one waited.
+            if !wanted.exists() {
+                let building = shelf.join(".building");
+                file::remove_tree(&building).map_err(|e| at(&building, e))?;
+                std::fs::create_dir(&building).map_err(|e| at(&building, e))?;
+                build(&building).await?;
+                std::fs::rename(&building, &wanted).map_err(|e| at(&wanted, e))?;
+                forget_old(&shelf, &wanted).map_err(|e| at(&shelf, e))?;
+            }
+        }
+        Ok(wanted)
+    }
+}
+
+/// A hash of everything a build depends on.
+#[derive(Clone, Debug, Default)]
+pub struct Key {
+    hash: Sha256,
+}
+
+impl Key {
+    /// A version, a flag: anything that is text.
+    pub fn text(mut self, text: &str) -> Self {
+        self.hash.update(text.len().to_le_bytes());
+        self.hash.update(text);
+        self
+    }
+
+    /// The content of a file.
+    pub fn file(mut self, path: &Path) -> Result<Self, CacheError> {
+        let mut content = File::open(path).map_err(|source| CacheError::Input { path: path.to_owned(), source })?;
+        io::copy(&mut content, &mut HashWriter(&mut self.hash))
+            .map_err(|source| CacheError::Input { path: path.to_owned(), source })?;
+        Ok(self)
+    }
+
+    fn finish(self) -> String {
+        file::hex(&self.hash.finalize()[..10])
+    }
+}
+
+struct HashWriter<'a>(&'a mut Sha256);
+
+impl io::Write for HashWriter<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.update(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Waits for the lock and says so meanwhile. It is let go with the value, and
+/// by the kernel if the process dies.
+pub async fn lock(path: &Path, step: &Step) -> io::Result<Flock<File>> {
+    let mut file = File::options().create(true).append(true).open(path)?;
+    loop {
+        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((same, nix::errno::Errno::EWOULDBLOCK)) => {
+                file = same;
+                step.note("another run is at it: waiting for its end");
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            }
+            Err((_, error)) => return Err(error.into()),
+        }
+    }
+}
+
+fn forget_old(shelf: &Path, newest: &Path) -> io::Result<()> {
+    let mut versions = Vec::new();
+    for entry in std::fs::read_dir(shelf)? {
+        let entry = entry?;
+        let hidden = entry.file_name().to_string_lossy().starts_with('.');
+        if !hidden && entry.path() != newest {
+            versions.push((entry.metadata()?.modified()?, entry.path()));
+        }
+    }
+    versions.sort();
+    let excess = (versions.len() + 1).saturating_sub(KEPT);
+    for (_, path) in &versions[..excess] {
+        file::remove_tree(path)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::progress::Progress;
+
+    async fn ensure(cache: &Cache, input: &str, content: &str) -> Result<String, CacheError> {
+        let progress = Progress::silent();
+        let built = cache
+            .ensure("thing", Key::default().text(input), &progress.step("thing"), async |directory: &Path| {
+                if content == "fail" {
+                    let source = io::Error::other("asked to");
+                    return Err(CacheError::Input { path: directory.to_owned(), source });
+                }
+                std::fs::write(directory.join("out"), content).unwrap();
+                Ok(())
+            })
+            .await?;
+        Ok(std::fs::read_to_string(built.join("out")).unwrap())
+    }
+
+    #[tokio::test]
+    async fn the_same_input_is_built_once_and_another_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::new(directory.path().join("cache"));
+        assert_eq!(ensure(&cache, "a", "first").await.unwrap(), "first");
+        assert_eq!(ensure(&cache, "a", "never built").await.unwrap(), "first");
+        assert_eq!(ensure(&cache, "b", "second").await.unwrap(), "second");
+        assert_eq!(ensure(&cache, "a", "never built").await.unwrap(), "first");
+    }
+
+    #[tokio::test]
+    async fn a_failed_build_is_tried_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::new(directory.path().to_owned());
+        assert!(ensure(&cache, "a", "fail").await.is_err());
+        assert_eq!(ensure(&cache, "a", "works").await.unwrap(), "works");
+    }
+
+    #[tokio::test]
+    async fn only_the_newest_versions_are_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let cache = Cache::new(directory.path().to_owned());
+        for input in ["a", "b", "c", "d", "e"] {
+            ensure(&cache, input, input).await.unwrap();
+        }
+        let kept = std::fs::read_dir(directory.path().join("thing")).unwrap();
+        assert_eq!(kept.filter(|e| !e.as_ref().unwrap().file_name().to_string_lossy().starts_with('.')).count(), KEPT);
+    }
+
+    #[test]
+    fn texts_that_join_to_the_same_are_told_apart() {
+        assert_ne!(Key::default().text("ab").text("c").finish(), Key::default().text("a").text("bc").finish());
+    }
+}

@@ -1,0 +1,266 @@
+//! The containerd of one pool host: its configuration, its images, and the
+//! removal of everything it has started.
+//!
+//! Each host has its own, apart from the machine's: root, state, socket, runc
+//! root, CNI directories and streaming port. On a real host an operator sets
+//! these once; nothing here is read by pool-agent but the socket.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nix::mount::{MntFlags, umount2};
+
+use crate::{
+    artifacts::Containerd,
+    component::{Component, Ready},
+    file::{self, Mode},
+    images::{self, Images},
+    instance::Layout,
+    process::Process,
+    tool::{Tool, ToolError},
+    topology::{Host, REGISTRY, REGISTRY_PORT},
+};
+
+/// Kubernetes' namespace inside containerd.
+const NAMESPACE: &str = "k8s.io";
+/// References under this name are pulled from the lab's own registry.
+pub const REGISTRY_NAME: &str = "registry.spindrift.local";
+
+#[derive(Debug, thiserror::Error)]
+pub enum ContainerdError {
+    #[error("cannot write {}", .path.display())]
+    File { path: PathBuf, #[source] source: std::io::Error },
+    #[error("cannot import image {image} on {host}")]
+    Import { image: &'static str, host: String, #[source] source: ToolError },
+    #[error("cannot unmount {}", .path.display())]
+    Unmount { path: PathBuf, #[source] source: nix::Error },
+}
+
+/// Where one host's containerd keeps things.
+#[derive(Clone, Debug)]
+pub struct Runtime {
+    layout: Layout,
+    host: Host,
+    programs: Containerd,
+}
+
+impl Runtime {
+    pub fn new(layout: &Layout, host: &Host, programs: &Containerd) -> Self {
+        Self { layout: layout.clone(), host: host.clone(), programs: programs.clone() }
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.state().join("containerd.sock")
+    }
+
+    /// Where pool-agent listens for the CNI plugin.
+    pub fn cni_socket(&self) -> PathBuf {
+        self.layout.host_state(&self.host.name).join("cni.sock")
+    }
+
+    fn state(&self) -> PathBuf {
+        self.layout.host_state(&self.host.name).join("containerd")
+    }
+
+    fn root(&self) -> PathBuf {
+        self.layout.host_data(&self.host.name).join("containerd")
+    }
+
+    fn cni(&self, what: &str) -> PathBuf {
+        self.layout.host_state(&self.host.name).join("cni").join(what)
+    }
+
+    fn certificates(&self) -> PathBuf {
+        self.state().join("certs.d")
+    }
+
+    /// Writes its configuration and tells what to run. `plugin` is
+    /// spindrift-cni.
+    pub fn component(&self, plugin: &Path) -> Result<Component, ContainerdError> {
+        let write = |path: &Path, content: String| {
+            let parent = path.parent().unwrap_or(path);
+            std::fs::create_dir_all(parent)
+                .and_then(|()| file::write(path, content, Mode::Public))
+                .map_err(|source| ContainerdError::File { path: path.to_owned(), source })
+        };
+        let network = serde_json::json!({
+            "cniVersion": "1.0.0",
+            "name": "spindrift",
+            "plugins": [{"type": "spindrift-cni", "socket": self.cni_socket()}],
+        });
+        write(&self.cni("net.d/10-spindrift.conflist"), network.to_string())?;
+        let link = self.cni("bin/spindrift-cni");
+        std::fs::create_dir_all(self.cni("bin"))
+            .and_then(|()| file::remove(&link))
+            .and_then(|()| std::os::unix::fs::symlink(plugin, &link))
+            .map_err(|source| ContainerdError::File { path: link, source })?;
+        let registry = format!("server = \"http://{REGISTRY}:{REGISTRY_PORT}\"\n");
+        write(&self.certificates().join(REGISTRY_NAME).join("hosts.toml"), registry)?;
+        let config = self.state().join("config.toml");
+        write(&config, self.config())?;
+
+        let path = format!("{}:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin", self.programs.directory.display());
+        Ok(Component::new(format!("containerd@{}", self.host.name), self.programs.program())
+            .within(&self.host.namespace)
+            .arg("--config")
+            .arg(config.display().to_string())
+            .input(config)
+            // Where it finds its shim and runc.
+            .environment("PATH", path)
+            .ready_when(Ready::Socket(self.socket())))
+    }
+
+    fn config(&self) -> String {
+        let (images, runtime) = ("plugins.'io.containerd.cri.v1.images'", "plugins.'io.containerd.cri.v1.runtime'");
+        let registries = self.certificates();
+        let mut text = format!(
+            "version = 3
+root = '{root}'
+state = '{state}'
+imports = []
+disabled_plugins = [
+  'io.containerd.internal.v1.opt',
+  'io.containerd.internal.v1.tracing',
+  'io.containerd.image-verifier.v1.bindir',
+  'io.containerd.nri.v1.nri',
+  'io.containerd.snapshotter.v1.blockfile',
+  'io.containerd.snapshotter.v1.btrfs',
+  'io.containerd.snapshotter.v1.devmapper',
+  'io.containerd.snapshotter.v1.erofs',
+  'io.containerd.snapshotter.v1.zfs',
+  'io.containerd.tracing.processor.v1.otlp',
+]
+
+[grpc]
+address = '{socket}'
+
+[{images}.pinned_images]
+sandbox = '{pause}'
+[{images}.registry]
+config_path = '{registries}'
+[plugins.'io.containerd.transfer.v1.local']
+config_path = '{registries}'
+
+[{runtime}]
+# Without the capability to lower a score, runc would fail rather than go on.
+restrict_oom_score_adj = {restrict}
+netns_mounts_under_state_dir = true
+[{runtime}.cni]
+bin_dirs = ['{cni_bin}']
+conf_dir = '{cni_conf}'
+use_internal_loopback = true
+[{runtime}.containerd.runtimes.runc]
+runtime_type = 'io.containerd.runc.v2'
+[{runtime}.containerd.runtimes.runc.options]
+# The cgroupfs driver: there may be no systemd here.
+SystemdCgroup = false
+Root = '{runc}'
+",
+            root = self.root().display(),
+            state = self.state().display(),
+            socket = self.socket().display(),
+            pause = images::PAUSE.reference,
+            registries = registries.display(),
+            restrict = !may_lower_oom_scores(),
+            cni_bin = self.cni("bin").display(),
+            cni_conf = self.cni("net.d").display(),
+            runc = self.runc_root().display(),
+        );
+        if !Path::new("/sys/module/apparmor").exists() {
+            text = text.replace("netns_mounts", "disable_apparmor = true\nnetns_mounts");
+        }
+        text
+    }
+
+    fn runc_root(&self) -> PathBuf {
+        self.state().join("runc")
+    }
+
+    /// `ctr` for this host's containers and images.
+    pub fn ctr(&self) -> Tool {
+        Tool::new(self.programs.ctr()).arg("--address").arg(self.socket()).arg("--namespace").arg(NAMESPACE)
+    }
+
+    /// Imports what is not there in this version.
+    pub async fn import(&self, images: &Images) -> Result<(), ContainerdError> {
+        let mark = self.root().join("imported-images");
+        if std::fs::read_to_string(&mark).is_ok_and(|version| version == images.version()) {
+            return Ok(());
+        }
+        for image in images::ALL {
+            self.ctr().args(["images", "import", "--local"]).arg(images.archive(image)).limit(Duration::from_secs(300)).run().await.map_err(
+                |source| ContainerdError::Import { image: image.reference, host: self.host.name.clone(), source },
+            )?;
+        }
+        file::write(&mark, images.version(), Mode::Public)
+            .map_err(|source| ContainerdError::File { path: mark, source })
+    }
+}
+
+/// Ends all containers and shims of an instance and removes their cgroups,
+/// whether or not a containerd is there to help. The containerds must be gone:
+/// they would start shims again.
+pub async fn remove_containers(layout: &Layout, hosts: impl IntoIterator<Item = String>) {
+    for host in hosts {
+        let root = layout.host_state(&host).join("containerd/runc").join(NAMESPACE);
+        let containers = std::fs::read_dir(&root).into_iter().flatten().flatten();
+        let removals = containers.map(|container| {
+            let runc = Tool::new("runc").arg("--root").arg(&root).args(["delete", "--force"]);
+            // One that a crash left half made is dealt with by its shim's end
+            // and the removal of its files.
+            async move { drop(runc.arg(container.file_name()).run().await) }
+        });
+        futures::future::join_all(removals).await;
+    }
+    let shims = Process::with_environment(crate::component::MARK, layout.instance().as_str());
+    futures::future::join_all(shims.iter().filter(|p| p.is_shim()).map(|shim| shim.end(Duration::ZERO))).await;
+}
+
+/// Sockets of shims lie in a directory that all containerds share; a killed
+/// shim leaves its own there. The bundles tell which were ours.
+pub fn remove_shim_sockets(layout: &Layout, hosts: impl IntoIterator<Item = String>) {
+    for host in hosts {
+        let bundles = layout.host_state(&host).join("containerd/io.containerd.runtime.v2.task").join(NAMESPACE);
+        for bundle in std::fs::read_dir(bundles).into_iter().flatten().flatten() {
+            let told = std::fs::read(bundle.path().join("bootstrap.json")).unwrap_or_default();
+            let told: serde_json::Value = serde_json::from_slice(&told).unwrap_or_default();
+            let socket = told["address"].as_str().and_then(|address| address.strip_prefix("unix://"));
+            if let Some(socket) = socket {
+                // Most went with their shim.
+                file::remove(Path::new(socket)).ok();
+            }
+        }
+    }
+}
+
+/// Unmounts everything below the directories, innermost first.
+pub fn unmount_below(directories: &[PathBuf]) -> Result<(), ContainerdError> {
+    let table = std::fs::read_to_string("/proc/self/mountinfo")
+        .map_err(|source| ContainerdError::File { path: "/proc/self/mountinfo".into(), source })?;
+    let mut points: Vec<PathBuf> = table
+        .lines()
+        .filter_map(|line| line.split(' ').nth(4))
+        .map(|point| PathBuf::from(point.replace("\\040", " ").trim_end_matches("//deleted").to_owned()))
+        .filter(|point| directories.iter().any(|directory| point.starts_with(directory)))
+        .collect();
+    // Later mounts lie on earlier ones.
+    points.reverse();
+    for path in points {
+        match umount2(&path, MntFlags::MNT_DETACH) {
+            Ok(()) | Err(nix::Error::EINVAL | nix::Error::ENOENT) => {}
+            Err(source) => return Err(ContainerdError::Unmount { path, source }),
+        }
+    }
+    Ok(())
+}
+
+/// CAP_SYS_RESOURCE, which a container may lack although it is root.
+fn may_lower_oom_scores() -> bool {
+    const CAP_SYS_RESOURCE: u32 = 24;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let bits = effective.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
+    bits.is_some_and(|bits| bits >> CAP_SYS_RESOURCE & 1 == 1)
+}

@@ -1,0 +1,168 @@
+//! A Kubernetes control plane for the lab: etcd, API server, controller manager
+//! and scheduler, a process each from the one `devcluster` binary, in the `lab`
+//! namespace. Nothing of it is special to Spindrift; these are the flags an
+//! operator would set.
+
+use std::path::{Path, PathBuf};
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+
+use crate::{
+    component::{Component, Ready},
+    file::{self, Mode},
+    instance::Layout,
+    netns::Namespace,
+    pki::{Authority, Credential, PkiError, Subject, signing_key},
+    topology::{API_SERVER, API_SERVER_PORT, KUBERNETES_SERVICE, SERVICE_RANGE},
+};
+
+pub struct ControlPlane {
+    pub etcd: Component,
+    pub api_server: Component,
+    /// Both need a serving API server.
+    pub controllers: [Component; 2],
+    /// Of the cluster's authority.
+    pub authority: Authority,
+    /// `system:masters`.
+    pub admin: Credential,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum KubeconfigError {
+    #[error("cannot read or write {}", .path.display())]
+    File { path: PathBuf, #[source] source: std::io::Error },
+}
+
+const ETCD: ([u8; 4], u16) = ([127, 0, 0, 1], 2379);
+
+impl ControlPlane {
+    /// Issues what is missing of its credentials and tells what to run.
+    pub fn new(layout: &Layout, lab: &Namespace, devcluster: &Path) -> Result<Self, ControlPlaneError> {
+        let directory = layout.pki().join("cluster");
+        let authority = Authority::open(directory.clone(), "kubernetes")?;
+        let issue = |name: &str, organization: Option<&str>| {
+            let subject = Subject {
+                common_name: name.to_owned(),
+                organization: organization.map(str::to_owned),
+                ..Subject::default()
+            };
+            authority.credential(name, &subject)
+        };
+        let admin = issue("kubernetes-admin", Some("system:masters"))?;
+        let kubelet_client = issue("kube-apiserver-kubelet-client", Some("system:masters"))?;
+        let serving = authority.credential("kube-apiserver", &Self::serving())?;
+        let (token_key, token_public) = signing_key(&directory, "service-account")?;
+        let ca = authority.certificate();
+
+        let run = |name: &str| Component::new(name, devcluster).arg(name).within(lab);
+        let [etcd_client, etcd_peer] = [ETCD.1, ETCD.1 + 1].map(|port| format!("http://127.0.0.1:{port}"));
+        let etcd = run("etcd")
+            .path_flag("data-dir", layout.data().join("etcd"))
+            .flag("listen-client-url", &etcd_client)
+            .flag("listen-peer-url", etcd_peer)
+            // A lab that loses power is made anew.
+            .arg("--unsafe-no-fsync")
+            .ready_when(Ready::Accepts(ETCD.into()));
+        let api_server = run("kube-apiserver")
+            .flag("etcd-servers", etcd_client)
+            // Also the endpoint of the `kubernetes` Service, which pods dial.
+            .flag("advertise-address", API_SERVER)
+            .flag("secure-port", API_SERVER_PORT)
+            .path_flag("tls-cert-file", &serving.certificate)
+            .path_flag("tls-private-key-file", &serving.key)
+            .path_flag("client-ca-file", &ca)
+            .flag("service-account-issuer", "https://kubernetes.default.svc.cluster.local")
+            .path_flag("service-account-key-file", token_public)
+            .path_flag("service-account-signing-key-file", &token_key)
+            .flag("service-cluster-ip-range", SERVICE_RANGE)
+            .flag("authorization-mode", "Node,RBAC")
+            .flag("enable-admission-plugins", "NodeRestriction")
+            .path_flag("kubelet-certificate-authority", &ca)
+            .path_flag("kubelet-client-certificate", &kubelet_client.certificate)
+            .path_flag("kubelet-client-key", &kubelet_client.key)
+            // Names of nodes do not resolve here.
+            .flag("kubelet-preferred-address-types", "InternalIP,Hostname")
+            .arg("--allow-privileged")
+            .ready_when(Ready::Accepts((API_SERVER, API_SERVER_PORT).into()));
+
+        let server = format!("https://{API_SERVER}:{API_SERVER_PORT}");
+        let controller = |name: &str| -> Result<Component, ControlPlaneError> {
+            let credential = issue(&format!("system:{name}"), None)?;
+            let kubeconfig = directory.join(format!("{name}.kubeconfig"));
+            write_kubeconfig(&kubeconfig, &server, &ca, &credential)?;
+            Ok(run(name)
+                .path_flag("kubeconfig", &kubeconfig)
+                .path_flag("authentication-kubeconfig", &kubeconfig)
+                .path_flag("authorization-kubeconfig", &kubeconfig)
+                .flag("bind-address", "127.0.0.1")
+                // There is one of it.
+                .flag("leader-elect", false))
+        };
+        let manager = controller("kube-controller-manager")?
+            .arg("--use-service-account-credentials")
+            .path_flag("service-account-private-key-file", token_key)
+            .path_flag("root-ca-file", &ca)
+            .path_flag("cluster-signing-cert-file", &ca)
+            .path_flag("cluster-signing-key-file", authority.key());
+        let scheduler = controller("kube-scheduler")?;
+        Ok(Self { etcd, api_server, controllers: [manager, scheduler], authority, admin })
+    }
+
+    fn serving() -> Subject {
+        let names = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"];
+        Subject {
+            common_name: "kube-apiserver".into(),
+            dns_names: names.iter().chain(&["localhost"]).map(|name| (*name).to_owned()).collect(),
+            // The last is where the relay listens for the user's kubectl.
+            addresses: vec![API_SERVER.into(), KUBERNETES_SERVICE.into(), [127, 0, 0, 1].into()],
+            ..Subject::default()
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ControlPlaneError {
+    #[error("cannot make the cluster's credentials")]
+    Pki(#[from] PkiError),
+    #[error("cannot write a kubeconfig")]
+    Kubeconfig(#[from] KubeconfigError),
+}
+
+/// Writes a kubeconfig that holds its certificates, so that it can be copied.
+pub fn write_kubeconfig(
+    path: &Path,
+    server: &str,
+    ca: &Path,
+    credential: &Credential,
+) -> Result<(), KubeconfigError> {
+    let read = |path: &Path| {
+        std::fs::read(path)
+            .map(|content| BASE64_STANDARD.encode(content))
+            .map_err(|source| KubeconfigError::File { path: path.to_owned(), source })
+    };
+    let text = format!(
+        "apiVersion: v1
+kind: Config
+clusters:
+- name: spindrift
+  cluster:
+    server: {server}
+    certificate-authority-data: {ca}
+users:
+- name: spindrift
+  user:
+    client-certificate-data: {certificate}
+    client-key-data: {key}
+contexts:
+- name: spindrift
+  context:
+    cluster: spindrift
+    user: spindrift
+current-context: spindrift
+",
+        ca = read(ca)?,
+        certificate = read(&credential.certificate)?,
+        key = read(&credential.key)?,
+    );
+    file::write(path, text, Mode::Private).map_err(|source| KubeconfigError::File { path: path.to_owned(), source })
+}

@@ -1,0 +1,365 @@
+//! A whole lab: made, looked at, broken and removed.
+//!
+//! `up` is level-driven: it makes what is missing and restarts what was started
+//! otherwise, so it may be called at any time, also after a crash of itself or
+//! of the machine. `down` needs nothing but the instance's name.
+
+use std::{
+    fs::File,
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use nix::fcntl::Flock;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    artifacts::{self, ArtifactError, Profile, Spindrift},
+    cache::{self, Cache},
+    cluster::{Cluster, ClusterError},
+    component::{Component, ComponentError, Ready},
+    containerd::{self, ContainerdError, Runtime},
+    control_plane::{ControlPlane, ControlPlaneError, write_kubeconfig},
+    file::{self, Mode},
+    images::Images,
+    instance::{InstanceName, Layout},
+    netns::Namespace,
+    process::{self, Process},
+    progress::Progress,
+    relay,
+    topology::{API_SERVER, API_SERVER_PORT, Topology, TopologyError},
+    tool::ToolError,
+};
+
+/// What a lab is to be.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub instance: InstanceName,
+    /// How many pool hosts.
+    pub hosts: usize,
+    pub profile: Profile,
+    pub build: Build,
+    pub cluster: ClusterSource,
+    /// Where built things are kept between runs.
+    pub cache: PathBuf,
+}
+
+impl Options {
+    /// Two hosts, a cluster of its own, our programs as cargo last built them.
+    pub fn for_tests(instance: InstanceName, cache: PathBuf) -> Self {
+        Self { instance, hosts: 2, profile: Profile::Dev, build: Build::Taken, cluster: ClusterSource::Made, cache }
+    }
+}
+
+/// Where our own programs come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Build {
+    /// cargo is run.
+    Made,
+    /// They were built already, as tests are together with them.
+    Taken,
+}
+
+/// Whose API server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ClusterSource {
+    /// One of the lab's own.
+    Made,
+    /// The user's. See [`Options`] in the README for what must be reachable.
+    Joined { kubeconfig: PathBuf, node_address: Option<Ipv4Addr> },
+}
+
+/// What stays the same for as long as the instance lives.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Record {
+    boot: String,
+    hosts: usize,
+    profile: Profile,
+    cluster: ClusterSource,
+    /// On the machine's loopback, for the user's kubectl.
+    relay_port: u16,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum LabError {
+    #[error("instance {0} exists with other options: take it down first, or use another --instance")]
+    Differs(InstanceName),
+    #[error("there is no instance {0}")]
+    Absent(InstanceName),
+    #[error("cannot read or write {}", .path.display())]
+    File { path: PathBuf, #[source] source: std::io::Error },
+    #[error(transparent)]
+    Artifact(#[from] ArtifactError),
+    #[error(transparent)]
+    Topology(#[from] TopologyError),
+    #[error(transparent)]
+    ControlPlane(#[from] ControlPlaneError),
+    #[error(transparent)]
+    Component(#[from] ComponentError),
+    #[error(transparent)]
+    Containerd(#[from] ContainerdError),
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    #[error("cannot remove a namespace")]
+    Namespace(#[source] ToolError),
+}
+
+/// How long a component may take to serve. Generous: two cores may be building
+/// other things.
+const START: Duration = Duration::from_secs(120);
+
+/// A running lab.
+pub struct Lab {
+    layout: Layout,
+    topology: Topology,
+    cluster: Cluster,
+    runtimes: Vec<Runtime>,
+    images: Images,
+    programs: Spindrift,
+}
+
+impl Lab {
+    /// Makes the instance, or completes and mends what there is of it.
+    pub async fn up(options: &Options, progress: &Progress) -> Result<Self, LabError> {
+        let layout = Layout::new(options.instance.clone());
+        let _lock = hold(&layout, progress).await?;
+        let cache = Cache::new(options.cache.clone());
+        let programs = match options.build {
+            Build::Made => artifacts::spindrift(options.profile, progress).await?,
+            Build::Taken => artifacts::built(options.profile),
+        };
+        let devcluster = artifacts::devcluster(&cache, progress).await?;
+        let containerd = artifacts::containerd(&cache, progress).await?;
+        let images = artifacts::images(&cache, progress).await?;
+
+        let record = Record::settle(&layout, options, progress).await?;
+        // Of a start that was killed before it wrote a pid file.
+        for stray in Component::strays(&layout) {
+            stray.end(Duration::ZERO).await;
+        }
+        let step = progress.step("Lay out the network");
+        let topology = Topology::new(&layout, record.hosts)?;
+        topology.ensure().await?;
+        step.done();
+
+        let runtimes: Vec<Runtime> =
+            topology.hosts.iter().map(|host| Runtime::new(&layout, host, &containerd)).collect();
+        let cluster = make_cluster(&layout, &record, &topology, &devcluster, &programs, progress);
+        let hosts = start_hosts(&layout, &runtimes, &images, &programs, progress);
+        let (cluster, ()) = tokio::try_join!(cluster, hosts)?;
+        Ok(Self { layout, topology, cluster, runtimes, images, programs })
+    }
+
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    pub fn cluster(&self) -> &Cluster {
+        &self.cluster
+    }
+
+    pub fn client(&self) -> kube::Client {
+        self.cluster.client()
+    }
+
+    pub fn images(&self) -> &Images {
+        &self.images
+    }
+
+    pub fn component(&self, name: &str) -> Result<Component, LabError> {
+        Ok(Component::find(&self.layout, name)?)
+    }
+
+    /// `kill -9`, and gone when this returns.
+    pub async fn kill(&self, component: &str) -> Result<(), LabError> {
+        Ok(self.component(component)?.kill(&self.layout).await?)
+    }
+
+    /// Starts what was killed, and waits until it serves.
+    pub async fn start(&self, component: &str) -> Result<(), LabError> {
+        self.component(component)?.start(&self.layout, START).await?;
+        Ok(())
+    }
+}
+
+impl Record {
+    /// The record of the instance, made if there is none. What an earlier boot
+    /// left is cleared away: its processes, namespaces and mounts are gone.
+    async fn settle(layout: &Layout, options: &Options, progress: &Progress) -> Result<Self, LabError> {
+        let at = |path: PathBuf| move |source| LabError::File { path, source };
+        let boot = process::boot_id().unwrap_or_default();
+        if let Some(record) = Self::read(layout) {
+            if record.boot == boot {
+                let same = (record.hosts, record.profile, &record.cluster)
+                    == (options.hosts, options.profile, &options.cluster);
+                return if same { Ok(record) } else { Err(LabError::Differs(options.instance.clone())) };
+            }
+            progress.say("The machine has been restarted since: the instance is made anew");
+        }
+        // Without a record whatever is there is a half-made or half-removed one.
+        remove(layout).await?;
+        let relay_port = relay::free_port().map_err(at(layout.state()))?;
+        let record = Self {
+            boot,
+            hosts: options.hosts,
+            profile: options.profile,
+            cluster: options.cluster.clone(),
+            relay_port,
+        };
+        for directory in [layout.state(), layout.data()] {
+            std::fs::create_dir_all(&directory).map_err(at(directory))?;
+        }
+        let text = serde_json::to_vec_pretty(&record).map_err(|e| at(layout.record())(e.into()))?;
+        file::write(&layout.record(), text, Mode::Public).map_err(at(layout.record()))?;
+        Ok(record)
+    }
+
+    fn read(layout: &Layout) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(layout.record()).ok()?).ok()
+    }
+}
+
+async fn make_cluster(
+    layout: &Layout,
+    record: &Record,
+    topology: &Topology,
+    devcluster: &Path,
+    programs: &Spindrift,
+    progress: &Progress,
+) -> Result<Cluster, LabError> {
+    let step = progress.step("Start the Kubernetes control plane");
+    let plane = ControlPlane::new(layout, &topology.lab, devcluster)?;
+    step.note("etcd");
+    plane.etcd.start(layout, START).await?;
+    step.note("API server");
+    plane.api_server.start(layout, START).await?;
+    let listen = SocketAddr::from(([127, 0, 0, 1], record.relay_port));
+    let relay = Component::new("relay", programs.program("spindrift-local")?)
+        .arg("relay")
+        .flag("listen", listen)
+        .flag("dial-in", topology.lab.name())
+        .flag("target", format_args!("{API_SERVER}:{API_SERVER_PORT}"))
+        .ready_when(Ready::Accepts(listen));
+    relay.start(layout, START).await?;
+    let server = format!("https://{listen}");
+    write_kubeconfig(&layout.kubeconfig(), &server, &plane.authority.certificate(), &plane.admin)
+        .map_err(ControlPlaneError::from)?;
+    link_kubectl(layout, devcluster)?;
+    let cluster = Cluster::connect(&layout.kubeconfig()).await?;
+    cluster.wait_ready(START).await?;
+    step.note("controllers");
+    for controller in &plane.controllers {
+        controller.start(layout, START).await?;
+    }
+    cluster.wait_service_account("default", START).await?;
+    step.done();
+    Ok(cluster)
+}
+
+/// The multi-call binary is kubectl under that name.
+fn link_kubectl(layout: &Layout, devcluster: &Path) -> Result<(), LabError> {
+    let link = layout.bin().join("kubectl");
+    std::fs::create_dir_all(layout.bin())
+        .and_then(|()| file::remove(&link))
+        .and_then(|()| std::os::unix::fs::symlink(devcluster, &link))
+        .map_err(|source| LabError::File { path: link, source })
+}
+
+async fn start_hosts(
+    layout: &Layout,
+    runtimes: &[Runtime],
+    images: &Images,
+    programs: &Spindrift,
+    progress: &Progress,
+) -> Result<(), LabError> {
+    let step = progress.step("Start containerd on each host");
+    let plugin = programs.program("spindrift-cni")?;
+    for runtime in runtimes {
+        let component = runtime.component(&plugin)?;
+        step.note(&component.name);
+        component.start(layout, START).await?;
+        step.note("import images");
+        runtime.import(images).await?;
+    }
+    step.done();
+    Ok(())
+}
+
+/// Removes the instance and everything it has made. One that is not there, or
+/// only half, is fine.
+pub async fn down(instance: &InstanceName, progress: &Progress) -> Result<(), LabError> {
+    let layout = Layout::new(instance.clone());
+    let lock = hold(&layout, progress).await?;
+    let step = progress.step(format!("Remove {instance}"));
+    remove(&layout).await?;
+    step.done();
+    file::remove(&layout.lock()).map_err(|source| LabError::File { path: layout.lock(), source })?;
+    drop(lock);
+    // The directory of all instances, if this was the last.
+    for shared in [layout.state(), layout.data()] {
+        shared.parent().map(std::fs::remove_dir);
+    }
+    Ok(())
+}
+
+async fn hold(layout: &Layout, progress: &Progress) -> Result<Flock<File>, LabError> {
+    let path = layout.lock();
+    let at = |source| LabError::File { path: path.clone(), source };
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).map_err(at)?;
+    }
+    let step = progress.step(format!("Wait for instance {}", layout.instance()));
+    let lock = cache::lock(&path, &step).await.map_err(at)?;
+    step.forget();
+    Ok(lock)
+}
+
+async fn remove(layout: &Layout) -> Result<(), LabError> {
+    // Whoever would start things anew goes first.
+    let components = Component::all(layout);
+    futures::future::try_join_all(components.iter().map(|component| component.kill(layout))).await?;
+    for stray in Component::strays(layout) {
+        stray.end(Duration::ZERO).await;
+    }
+    let hosts = || std::fs::read_dir(layout.state()).into_iter().flatten().flatten().filter_map(|entry| {
+        entry.file_name().into_string().ok().filter(|name| name.starts_with("host-"))
+    });
+    containerd::remove_containers(layout, hosts()).await;
+    containerd::remove_shim_sockets(layout, hosts());
+    for straggler in Process::with_environment(crate::component::MARK, layout.instance().as_str()) {
+        straggler.end(Duration::ZERO).await;
+    }
+    containerd::unmount_below(&[layout.state(), layout.data()])?;
+    for namespace in Namespace::existing().iter().filter(|namespace| is_ours(namespace, layout)) {
+        namespace.remove().await.map_err(LabError::Namespace)?;
+    }
+    for directory in [layout.state(), layout.data()] {
+        file::remove_tree(&directory).map_err(|source| LabError::File { path: directory, source })?;
+    }
+    Ok(())
+}
+
+/// `sd-demo-lab` and `sd-demo-host-a…` are demo's; `sd-demo-2-lab` is another's.
+fn is_ours(namespace: &Namespace, layout: &Layout) -> bool {
+    let place = namespace.name().strip_prefix(&layout.namespace_prefix());
+    place.is_some_and(|place| place == "lab" || place.starts_with("host-"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_instance_takes_only_its_own_namespaces_down() {
+        let layout = Layout::new("demo".parse().unwrap());
+        let ours = |name: &str| is_ours(&Namespace::named(name), &layout);
+        assert!(ours("sd-demo-lab") && ours("sd-demo-host-a") && ours("sd-demo-host-b-demo"));
+        assert!(!ours("sd-demo-2-lab") && !ours("sd-demo2-lab") && !ours("lab") && !ours("sd-other-host-a"));
+    }
+}

@@ -1,0 +1,173 @@
+//! The network of a lab: which namespaces there are and how they are joined.
+//!
+//! ```text
+//! machine's namespace    kubectl → 127.0.0.1:PORT   (a relay: listens here, dials inside `lab`)
+//! └─ lab                 bridge br0: API server .1, virtual-node .2
+//!    ├─ host-a   .11     eth0 on the bridge: containerd, pool-agent
+//!    └─ host-b   .12     the same; each routes the other's pods over the bridge
+//! ```
+//!
+//! Addresses are the same in every instance: none of them exists outside its
+//! namespaces, and the machine's own namespace gets no route, device or address.
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{instance::Layout, netns::Namespace, tool::ToolError};
+
+/// Of the API server, and what pods reach as `kubernetes.default.svc`.
+pub const API_SERVER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+pub const API_SERVER_PORT: u16 = 6443;
+/// Of the image registry, where an instance has one.
+pub const REGISTRY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 3);
+pub const REGISTRY_PORT: u16 = 5000;
+pub const VIRTUAL_NODE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
+pub const POD_RANGE: &str = "10.77.0.0/16";
+pub const SERVICE_RANGE: &str = "10.96.0.0/16";
+/// The API server's own Service: the first address of the range.
+pub const KUBERNETES_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
+pub const CLUSTER_DNS: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
+/// A host's device to the bridge.
+pub const UPLINK: &str = "eth0";
+const BRIDGE: &str = "br0";
+
+/// One pool host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Host {
+    /// `host-a`, `host-b`, …
+    pub name: String,
+    pub address: Ipv4Addr,
+    /// The slice of the pod range it hands out.
+    pub pod_range: String,
+    pub namespace: Namespace,
+}
+
+#[derive(Clone, Debug)]
+pub struct Topology {
+    pub lab: Namespace,
+    pub hosts: Vec<Host>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum TopologyError {
+    #[error("a lab has one to {most} hosts, not {0}", most = Topology::MOST_HOSTS)]
+    Hosts(usize),
+    #[error("cannot lay out the network")]
+    Tool(#[from] ToolError),
+    #[error("cannot set {setting} in {namespace}")]
+    Setting { setting: &'static str, namespace: String, #[source] source: std::io::Error },
+}
+
+impl Topology {
+    /// Each has a letter.
+    pub const MOST_HOSTS: usize = 26;
+
+    pub fn new(layout: &Layout, hosts: usize) -> Result<Self, TopologyError> {
+        if !(1..=Self::MOST_HOSTS).contains(&hosts) {
+            return Err(TopologyError::Hosts(hosts));
+        }
+        let host = |(index, letter): (u8, char)| {
+            let name = format!("host-{letter}");
+            Host {
+                address: Ipv4Addr::new(192, 0, 2, 11 + index),
+                pod_range: format!("10.77.{}.0/24", index + 1),
+                namespace: Namespace::named(layout.namespace(&name)),
+                name,
+            }
+        };
+        Ok(Self {
+            lab: Namespace::named(layout.namespace("lab")),
+            hosts: (0u8..).zip('a'..='z').take(hosts).map(host).collect(),
+        })
+    }
+
+    /// Makes what is missing and leaves what is there.
+    pub async fn ensure(&self) -> Result<(), TopologyError> {
+        self.lab.ensure().await?;
+        if !self.lab.has_device(BRIDGE).await {
+            self.lab.ip(&format!("link add {BRIDGE} type bridge")).await?;
+        }
+        self.lab.ip(&format!("link set {BRIDGE} up")).await?;
+        for address in [API_SERVER, VIRTUAL_NODE, REGISTRY] {
+            self.lab.ip(&format!("addr replace {address}/24 dev {BRIDGE}")).await?;
+        }
+        forward(&self.lab)?;
+        for host in &self.hosts {
+            self.join(host).await?;
+        }
+        for host in &self.hosts {
+            let route = format!("route replace {} via {}", host.pod_range, host.address);
+            self.lab.ip(&route).await?;
+            for other in self.hosts.iter().filter(|other| other.name != host.name) {
+                other.namespace.ip(&format!("{route} dev {UPLINK}")).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn join(&self, host: &Host) -> Result<(), TopologyError> {
+        let (namespace, name) = (&host.namespace, &host.name);
+        namespace.ensure().await?;
+        if !namespace.has_device(UPLINK).await {
+            let add = format!("link add {name} type veth peer name {UPLINK} netns {}", namespace.name());
+            self.lab.ip(&add).await?;
+        }
+        self.lab.ip(&format!("link set {name} master {BRIDGE} up")).await?;
+        namespace.ip(&format!("addr replace {}/24 dev {UPLINK}", host.address)).await?;
+        namespace.ip(&format!("link set {UPLINK} up")).await?;
+        // The way out ends at the bridge's namespace, which says "unreachable"
+        // at once: nothing of a lab talks to the world.
+        namespace.ip(&format!("route replace default via {API_SERVER}")).await?;
+        forward(namespace)
+    }
+
+    pub fn host(&self, name: &str) -> Option<&Host> {
+        self.hosts.iter().find(|host| host.name == name)
+    }
+
+    /// The host whose slice holds the pod address.
+    pub fn host_of(&self, pod: IpAddr) -> Option<&Host> {
+        let IpAddr::V4(pod) = pod else { return None };
+        self.hosts.iter().find(|host| {
+            let slice = host.pod_range.split('/').next().and_then(|start| start.parse::<Ipv4Addr>().ok());
+            slice.is_some_and(|slice| slice.octets()[..3] == pod.octets()[..3])
+        })
+    }
+
+    /// Every namespace it makes.
+    pub fn namespaces(&self) -> impl Iterator<Item = &Namespace> {
+        self.hosts.iter().map(|host| &host.namespace).chain([&self.lab])
+    }
+}
+
+fn forward(namespace: &Namespace) -> Result<(), TopologyError> {
+    let setting = "net/ipv4/ip_forward";
+    namespace.set(setting, "1").map_err(|source| TopologyError::Setting {
+        setting,
+        namespace: namespace.name().to_owned(),
+        source,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_host_has_its_own_address_and_slice() {
+        let topology = Topology::new(&Layout::new("x".parse().unwrap()), 3).unwrap();
+        let told: Vec<_> = topology.hosts.iter().map(|h| format!("{} {} {}", h.name, h.address, h.pod_range)).collect();
+        assert_eq!(
+            told,
+            ["host-a 192.0.2.11 10.77.1.0/24", "host-b 192.0.2.12 10.77.2.0/24", "host-c 192.0.2.13 10.77.3.0/24"]
+        );
+        assert_eq!(topology.host_of("10.77.2.9".parse().unwrap()).unwrap().name, "host-b");
+        assert_eq!(topology.host_of("10.77.9.9".parse().unwrap()), None);
+    }
+
+    #[test]
+    fn a_pool_without_hosts_is_refused() {
+        assert!(Topology::new(&Layout::new("x".parse().unwrap()), 0).is_err());
+    }
+}
