@@ -47,7 +47,11 @@ pub enum ArtifactError {
     #[error("cannot keep what was built")]
     Cache(#[from] CacheError),
     #[error("cannot build {what}")]
-    Build { what: &'static str, #[source] source: ToolError },
+    Build {
+        what: &'static str,
+        #[source]
+        source: ToolError,
+    },
     #[error("cannot write an image's files")]
     Files(#[from] std::io::Error),
     #[error("{} is missing: build it with cargo build --workspace --bins", .0.display())]
@@ -72,14 +76,25 @@ pub async fn spindrift(profile: Profile, progress: &Progress) -> Result<Spindrif
     let built = built(profile);
     let step = progress.step("Build spindrift");
     let mut cargo = Tool::words("cargo build --locked --bins")
-        .args(["--package=virtual-node", "--package=pool-agent", "--package=spindrift-cni", "--package=spindrift-local"])
+        .args([
+            "--package=virtual-node",
+            "--package=pool-agent",
+            "--package=spindrift-cni",
+            "--package=spindrift-local",
+        ])
         .directory(workspace())
         .limit(BUILD_LIMIT);
     if profile == Profile::Release {
         cargo = cargo.arg("--release");
     }
-    cargo.run_showing(&step).await.map_err(|source| ArtifactError::Build { what: "spindrift", source })?;
-    step.done();
+    cargo
+        .run_showing(&step)
+        .await
+        .map_err(|source| ArtifactError::Build {
+            what: "spindrift",
+            source,
+        })?;
+    step.done_quietly();
     Ok(built)
 }
 
@@ -90,13 +105,19 @@ pub fn built(profile: Profile) -> Spindrift {
         Profile::Release => "release",
         Profile::Dev => "debug",
     };
-    Spindrift { directory: workspace().join("target").join(directory) }
+    Spindrift {
+        directory: workspace().join("target").join(directory),
+    }
 }
 
 impl Spindrift {
     pub fn program(&self, name: &str) -> Result<PathBuf, ArtifactError> {
         let path = self.directory.join(name);
-        if path.is_file() { Ok(path) } else { Err(ArtifactError::NotBuilt(path)) }
+        if path.is_file() {
+            Ok(path)
+        } else {
+            Err(ArtifactError::NotBuilt(path))
+        }
     }
 }
 
@@ -124,17 +145,23 @@ pub async fn devcluster(cache: &Cache, progress: &Progress) -> Result<PathBuf, A
     );
     let step = progress.step(format!("Build {what}"));
     let key = go_key(&step).await?.text(&flags);
-    let key = ["main.go", "etcd.go", "go.mod", "go.sum"].iter().try_fold(key, |key, name| key.file(&source.join(name)))?;
+    let key = ["main.go", "etcd.go", "go.mod", "go.sum"]
+        .iter()
+        .try_fold(key, |key, name| key.file(&source.join(name)))?;
     let built = cache
         .ensure::<ArtifactError>("devcluster", key, &step, async |directory: &Path| {
-            go("build -v -trimpath -ldflags").arg(&flags).arg("-o").arg(directory.join("devcluster")).arg(".")
+            go("build -v -trimpath -ldflags")
+                .arg(&flags)
+                .arg("-o")
+                .arg(directory.join("devcluster"))
+                .arg(".")
                 .directory(&source)
                 .run_showing(&step)
                 .await
                 .map_err(|source| ArtifactError::Build { what, source })
         })
         .await?;
-    step.done();
+    step.done_quietly();
     Ok(built.join("devcluster"))
 }
 
@@ -147,7 +174,8 @@ pub async fn containerd(cache: &Cache, progress: &Progress) -> Result<Containerd
         .ensure::<ArtifactError>("containerd", key, &step, async |directory: &Path| {
             let module = "github.com/containerd/containerd/v2/cmd";
             let programs = ["containerd", "containerd-shim-runc-v2", "ctr"];
-            go("install -v -trimpath -ldflags").arg("-s -w")
+            go("install -v -trimpath -ldflags")
+                .arg("-s -w")
                 .args(programs.map(|program| format!("{module}/{program}@{CONTAINERD}")))
                 .env("GOBIN", directory)
                 .run_showing(&step)
@@ -155,7 +183,7 @@ pub async fn containerd(cache: &Cache, progress: &Progress) -> Result<Containerd
                 .map_err(|source| ArtifactError::Build { what, source })
         })
         .await?;
-    step.done();
+    step.done_quietly();
     Ok(Containerd { directory })
 }
 
@@ -165,10 +193,16 @@ pub async fn images(cache: &Cache, progress: &Progress) -> Result<Images, Artifa
     let source = workspace().join("deploy/devcluster");
     let step = progress.step(format!("Build {what}"));
     let failed = |source| ArtifactError::Build { what, source };
-    let agnhost_key = go_key(&step).await?.file(&source.join("go.mod"))?.file(&source.join("go.sum"))?;
+    let agnhost_key = go_key(&step)
+        .await?
+        .file(&source.join("go.mod"))?
+        .file(&source.join("go.sum"))?;
     let agnhost = cache
         .ensure::<ArtifactError>("agnhost", agnhost_key.clone(), &step, async |directory: &Path| {
-            go("build -v -trimpath -ldflags").arg("-s -w").arg("-o").arg(directory.join("agnhost"))
+            go("build -v -trimpath -ldflags")
+                .arg("-s -w")
+                .arg("-o")
+                .arg(directory.join("agnhost"))
                 .arg("k8s.io/kubernetes/test/images/agnhost")
                 .directory(&source)
                 .run_showing(&step)
@@ -178,21 +212,57 @@ pub async fn images(cache: &Cache, progress: &Progress) -> Result<Images, Artifa
         .await?
         .join("agnhost");
     let pause = workspace().join("deploy/local/images/pause.rs");
-    let rustc = Tool::words("rustc --version").directory(workspace()).run().await.map_err(failed)?;
-    let key = agnhost_key.text(images::REVISION).text(&rustc).file(&pause)?.file(Path::new(images::BUSYBOX))?;
+    let rustc = Tool::words("rustc --version")
+        .directory(workspace())
+        .run()
+        .await
+        .map_err(failed)?;
+    let key = agnhost_key
+        .text(images::REVISION)
+        .text(&rustc)
+        .file(&pause)?
+        .file(Path::new(images::BUSYBOX))?;
     let directory = cache
         .ensure::<ArtifactError>("images", key, &step, async |directory: &Path| {
             images::build(directory, &agnhost, &pause, &step).await
         })
         .await?;
-    step.done();
+    step.done_quietly();
     Ok(Images::in_directory(directory))
+}
+
+/// Links to all of it in one directory that stays where it is: for tests of a
+/// single crate, and for people.
+pub async fn tools(cache: &Cache, progress: &Progress) -> Result<PathBuf, ArtifactError> {
+    let devcluster = devcluster(cache, progress).await?;
+    let containerd = containerd(cache, progress).await?;
+    let images = images(cache, progress).await?;
+    let directory = cache.root().join("tools");
+    std::fs::create_dir_all(&directory)?;
+    let link = |name: &str, target: &Path| {
+        let new = directory.join(format!(".{name}.{}", std::process::id()));
+        std::os::unix::fs::symlink(target, &new)?;
+        std::fs::rename(&new, directory.join(name))
+    };
+    for program in ["containerd", "containerd-shim-runc-v2", "ctr"] {
+        link(program, &containerd.directory.join(program))?;
+    }
+    for program in ["devcluster", "kubectl"] {
+        link(program, &devcluster)?;
+    }
+    for image in images::ALL {
+        link(&format!("{}.tar", image.name), &images.archive(image))?;
+    }
+    Ok(directory)
 }
 
 /// Everything is built without cgo: one way, so that nothing compiles twice,
 /// and the programs run in any image.
 fn go(words: &str) -> Tool {
-    Tool::new("go").args(words.split_whitespace()).env("CGO_ENABLED", "0").limit(BUILD_LIMIT)
+    Tool::new("go")
+        .args(words.split_whitespace())
+        .env("CGO_ENABLED", "0")
+        .limit(BUILD_LIMIT)
 }
 
 async fn go_key(step: &Step) -> Result<Key, ArtifactError> {
@@ -201,6 +271,9 @@ async fn go_key(step: &Step) -> Result<Key, ArtifactError> {
         .directory(workspace().join("deploy/devcluster"))
         .run()
         .await
-        .map_err(|source| ArtifactError::Build { what: "with Go", source })?;
+        .map_err(|source| ArtifactError::Build {
+            what: "with Go",
+            source,
+        })?;
     Ok(Key::default().text(&version))
 }

@@ -23,9 +23,17 @@ pub struct Cache {
 #[derive(Debug, thiserror::Error)]
 pub enum CacheError {
     #[error("cannot use the cache directory {}", .path.display())]
-    Directory { path: PathBuf, #[source] source: io::Error },
+    Directory {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error("cannot read {}, which goes into a build", .path.display())]
-    Input { path: PathBuf, #[source] source: io::Error },
+    Input {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// How many versions of a thing are kept, the newest first: going back and
@@ -35,6 +43,10 @@ const KEPT: usize = 3;
 impl Cache {
     pub fn new(root: PathBuf) -> Self {
         Self { root }
+    }
+
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     /// The directory of the thing `name` made from what `key` hashed; `build`
@@ -48,11 +60,16 @@ impl Cache {
         build: impl AsyncFnOnce(&Path) -> Result<(), E>,
     ) -> Result<PathBuf, E> {
         let shelf = self.root.join(name);
-        let at = |path: &Path, source| CacheError::Directory { path: path.to_owned(), source };
+        let at = |path: &Path, source| CacheError::Directory {
+            path: path.to_owned(),
+            source,
+        };
         std::fs::create_dir_all(&shelf).map_err(|e| at(&shelf, e))?;
         let wanted = shelf.join(key.finish());
         if !wanted.exists() {
-            let _turn = lock(&shelf.join(".lock"), step).await.map_err(|e| at(&shelf, e))?;
+            let _turn = lock(&shelf.join(".lock"), step)
+                .await
+                .map_err(|e| at(&shelf, e))?;
             // Another run may have built it while this one waited.
             if !wanted.exists() {
                 let building = shelf.join(".building");
@@ -83,9 +100,14 @@ impl Key {
 
     /// The content of a file.
     pub fn file(mut self, path: &Path) -> Result<Self, CacheError> {
-        let mut content = File::open(path).map_err(|source| CacheError::Input { path: path.to_owned(), source })?;
-        io::copy(&mut content, &mut HashWriter(&mut self.hash))
-            .map_err(|source| CacheError::Input { path: path.to_owned(), source })?;
+        let mut content = File::open(path).map_err(|source| CacheError::Input {
+            path: path.to_owned(),
+            source,
+        })?;
+        io::copy(&mut content, &mut HashWriter(&mut self.hash)).map_err(|source| CacheError::Input {
+            path: path.to_owned(),
+            source,
+        })?;
         Ok(self)
     }
 
@@ -149,14 +171,22 @@ mod tests {
     async fn ensure(cache: &Cache, input: &str, content: &str) -> Result<String, CacheError> {
         let progress = Progress::silent();
         let built = cache
-            .ensure("thing", Key::default().text(input), &progress.step("thing"), async |directory: &Path| {
-                if content == "fail" {
-                    let source = io::Error::other("asked to");
-                    return Err(CacheError::Input { path: directory.to_owned(), source });
-                }
-                std::fs::write(directory.join("out"), content).unwrap();
-                Ok(())
-            })
+            .ensure(
+                "thing",
+                Key::default().text(input),
+                &progress.step("thing"),
+                async |directory: &Path| {
+                    if content == "fail" {
+                        let source = io::Error::other("asked to");
+                        return Err(CacheError::Input {
+                            path: directory.to_owned(),
+                            source,
+                        });
+                    }
+                    std::fs::write(directory.join("out"), content).unwrap();
+                    Ok(())
+                },
+            )
             .await?;
         Ok(std::fs::read_to_string(built.join("out")).unwrap())
     }
@@ -187,11 +217,18 @@ mod tests {
             ensure(&cache, input, input).await.unwrap();
         }
         let kept = std::fs::read_dir(directory.path().join("thing")).unwrap();
-        assert_eq!(kept.filter(|e| !e.as_ref().unwrap().file_name().to_string_lossy().starts_with('.')).count(), KEPT);
+        assert_eq!(
+            kept.filter(|e| !e.as_ref().unwrap().file_name().to_string_lossy().starts_with('.'))
+                .count(),
+            KEPT
+        );
     }
 
     #[test]
     fn texts_that_join_to_the_same_are_told_apart() {
-        assert_ne!(Key::default().text("ab").text("c").finish(), Key::default().text("a").text("bc").finish());
+        assert_ne!(
+            Key::default().text("ab").text("c").finish(),
+            Key::default().text("a").text("bc").finish()
+        );
     }
 }

@@ -32,15 +32,31 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum ClusterError {
     #[error("cannot use the kubeconfig {}", .path.display())]
-    Kubeconfig { path: PathBuf, #[source] source: kube::config::KubeconfigError },
+    Kubeconfig {
+        path: PathBuf,
+        #[source]
+        source: kube::config::KubeconfigError,
+    },
     #[error("cannot make a client")]
     Client(#[source] kube::Error),
     #[error("the API server refused to {action}")]
-    Request { action: String, #[source] source: kube::Error },
+    Request {
+        action: String,
+        #[source]
+        source: kube::Error,
+    },
     #[error("{what} did not happen within {} s; last seen: {seen}", .limit.as_secs())]
-    TimedOut { what: String, limit: Duration, seen: String },
+    TimedOut {
+        what: String,
+        limit: Duration,
+        seen: String,
+    },
     #[error("manifest {name} is not understood")]
-    Manifest { name: String, #[source] source: serde_saphyr::Error },
+    Manifest {
+        name: String,
+        #[source]
+        source: Box<serde_saphyr::Error>,
+    },
     #[error("manifest {name} holds an object without apiVersion, kind or name")]
     Nameless { name: String },
     #[error("cannot make the node's request for a certificate")]
@@ -48,7 +64,11 @@ pub enum ClusterError {
     #[error("the request {name} for the node's certificate was refused: {reason}")]
     Refused { name: String, reason: String },
     #[error("cannot write {}", .path.display())]
-    File { path: PathBuf, #[source] source: std::io::Error },
+    File {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
 }
 
 const MANAGER: &str = "spindrift-local";
@@ -61,10 +81,17 @@ pub struct Cluster {
 
 impl Cluster {
     pub async fn connect(kubeconfig: &Path) -> Result<Self, ClusterError> {
-        let wrong = |source| ClusterError::Kubeconfig { path: kubeconfig.to_owned(), source };
+        let wrong = |source| ClusterError::Kubeconfig {
+            path: kubeconfig.to_owned(),
+            source,
+        };
         let read = Kubeconfig::read_from(kubeconfig).map_err(wrong)?;
-        let config = Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await.map_err(wrong)?;
-        Ok(Self { client: Client::try_from(config).map_err(ClusterError::Client)? })
+        let config = Config::from_custom_kubeconfig(read, &KubeConfigOptions::default())
+            .await
+            .map_err(wrong)?;
+        Ok(Self {
+            client: Client::try_from(config).map_err(ClusterError::Client)?,
+        })
     }
 
     pub fn client(&self) -> Client {
@@ -76,7 +103,11 @@ impl Cluster {
     pub async fn wait_ready(&self, limit: Duration) -> Result<(), ClusterError> {
         wait("the API server's readiness", limit, async || {
             let request = http_get("/readyz").map_err(|e| e.to_string())?;
-            self.client.request_text(request).await.map(drop).map_err(|e| e.to_string())
+            self.client
+                .request_text(request)
+                .await
+                .map(drop)
+                .map_err(|e| e.to_string())
         })
         .await
     }
@@ -84,9 +115,11 @@ impl Cluster {
     /// The controller manager makes it, so this also waits for that.
     pub async fn wait_service_account(&self, namespace: &str, limit: Duration) -> Result<(), ClusterError> {
         let accounts: Api<ServiceAccount> = Api::namespaced(self.client(), namespace);
-        wait(&format!("the default service account of {namespace}"), limit, async || {
-            accounts.get("default").await.map(drop).map_err(|e| e.to_string())
-        })
+        wait(
+            &format!("the default service account of {namespace}"),
+            limit,
+            async || accounts.get("default").await.map(drop).map_err(|e| e.to_string()),
+        )
         .await
     }
 
@@ -97,10 +130,15 @@ impl Cluster {
         for (key, value) in values {
             yaml = yaml.replace(&format!("$({key})"), value);
         }
-        let objects: Vec<DynamicObject> = serde_saphyr::from_multiple(&yaml)
-            .map_err(|source| ClusterError::Manifest { name: name.to_owned(), source })?;
+        let objects: Vec<DynamicObject> =
+            serde_saphyr::from_multiple(&yaml).map_err(|source| ClusterError::Manifest {
+                name: name.to_owned(),
+                source: Box::new(source),
+            })?;
         for object in objects {
-            let nameless = || ClusterError::Nameless { name: name.to_owned() };
+            let nameless = || ClusterError::Nameless {
+                name: name.to_owned(),
+            };
             let types = object.types.clone().ok_or_else(nameless)?;
             let kind = GroupVersionKind::try_from(&types).map_err(|_| nameless())?;
             let resource = ApiResource::from_gvk(&kind);
@@ -109,8 +147,13 @@ impl Cluster {
                 None => Api::all_with(self.client(), &resource),
             };
             let own = object.metadata.name.clone().ok_or_else(nameless)?;
-            let patched = api.patch(&own, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&object)).await;
-            patched.map_err(|source| ClusterError::Request { action: format!("apply {} {own}", types.kind), source })?;
+            let patched = api
+                .patch(&own, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&object))
+                .await;
+            patched.map_err(|source| ClusterError::Request {
+                action: format!("apply {} {own}", types.kind),
+                source,
+            })?;
         }
         Ok(())
     }
@@ -120,7 +163,10 @@ impl Cluster {
     /// whom the node authorizer lets see only what concerns its pods. Kept in
     /// `directory`, and used again while it is there.
     pub async fn node_credential(&self, node: &str, directory: &Path) -> Result<Credential, ClusterError> {
-        let files = Credential { certificate: directory.join("node.crt"), key: directory.join("node.key") };
+        let files = Credential {
+            certificate: directory.join("node.crt"),
+            key: directory.join("node.key"),
+        };
         if files.certificate.exists() {
             return Ok(files);
         }
@@ -144,7 +190,10 @@ impl Cluster {
             Err(source) => return Err(refused("delete")(source)),
         }
         let request = CertificateSigningRequest {
-            metadata: kube::core::ObjectMeta { name: Some(name.clone()), ..Default::default() },
+            metadata: kube::core::ObjectMeta {
+                name: Some(name.clone()),
+                ..Default::default()
+            },
             spec: CertificateSigningRequestSpec {
                 request: ByteString(request.into_bytes()),
                 signer_name: "kubernetes.io/kube-apiserver-client-kubelet".into(),
@@ -153,15 +202,22 @@ impl Cluster {
             },
             status: None,
         };
-        requests.create(&PostParams::default(), &request).await.map_err(refused("create"))?;
+        requests
+            .create(&PostParams::default(), &request)
+            .await
+            .map_err(refused("create"))?;
         self.approve(&name).await?;
         let certificate = self.certificate(&requests, &name).await?;
         let write = |path: &Path, content: &[u8]| {
-            file::write(path, content, Mode::Private)
-                .map_err(|source| ClusterError::File { path: path.to_owned(), source })
+            file::write(path, content, Mode::Private).map_err(|source| ClusterError::File {
+                path: path.to_owned(),
+                source,
+            })
         };
-        std::fs::create_dir_all(directory)
-            .map_err(|source| ClusterError::File { path: directory.to_owned(), source })?;
+        std::fs::create_dir_all(directory).map_err(|source| ClusterError::File {
+            path: directory.to_owned(),
+            source,
+        })?;
         write(&files.key, key.as_bytes())?;
         write(&files.certificate, &certificate)?;
         Ok(files)
@@ -175,10 +231,10 @@ impl Cluster {
         let limit = Duration::from_secs(60);
         let since = Instant::now();
         loop {
-            let request = requests
-                .get(name)
-                .await
-                .map_err(|source| ClusterError::Request { action: format!("get the certificate request {name}"), source })?;
+            let request = requests.get(name).await.map_err(|source| ClusterError::Request {
+                action: format!("get the certificate request {name}"),
+                source,
+            })?;
             let status = request.status.unwrap_or_default();
             if let Some(certificate) = status.certificate {
                 return Ok(certificate.0);
@@ -186,11 +242,18 @@ impl Cluster {
             let conditions = status.conditions.unwrap_or_default();
             if let Some(bad) = conditions.iter().find(|condition| condition.type_ != "Approved") {
                 let reason = bad.message.clone().unwrap_or_default();
-                return Err(ClusterError::Refused { name: name.to_owned(), reason });
+                return Err(ClusterError::Refused {
+                    name: name.to_owned(),
+                    reason,
+                });
             }
             if since.elapsed() > limit {
                 let what = format!("the signature of the certificate request {name}");
-                return Err(ClusterError::TimedOut { what, limit, seen: "approved, not signed".into() });
+                return Err(ClusterError::TimedOut {
+                    what,
+                    limit,
+                    seen: "approved, not signed".into(),
+                });
             }
             tokio::time::sleep(POLL).await;
         }
@@ -204,11 +267,18 @@ impl Cluster {
         let listed = requests
             .list(&selected)
             .await
-            .map_err(|source| ClusterError::Request { action: "list certificate requests".into(), source })?;
+            .map_err(|source| ClusterError::Request {
+                action: "list certificate requests".into(),
+                source,
+            })?;
         let user = node_user(node);
         let mut approved = 0;
         for request in listed {
-            let decided = request.status.as_ref().and_then(|s| s.conditions.as_ref()).is_some_and(|c| !c.is_empty());
+            let decided = request
+                .status
+                .as_ref()
+                .and_then(|s| s.conditions.as_ref())
+                .is_some_and(|c| !c.is_empty());
             if !decided && request.spec.username.as_deref() == Some(&user) {
                 self.approve(&request.name_any()).await?;
                 approved += 1;
@@ -224,10 +294,18 @@ impl Cluster {
             "message": "This is the lab's own virtual node.",
         }]}});
         requests
-            .patch_subresource("approval", name, &PatchParams::default(), &Patch::Merge(&approval))
+            .patch_subresource(
+                "approval",
+                name,
+                &PatchParams::default(),
+                &Patch::Merge(&approval),
+            )
             .await
             .map(drop)
-            .map_err(|source| ClusterError::Request { action: format!("approve the certificate request {name}"), source })
+            .map_err(|source| ClusterError::Request {
+                action: format!("approve the certificate request {name}"),
+                source,
+            })
     }
 
     /// Waits until the node is Ready, approving what it asks for meanwhile.
@@ -235,8 +313,15 @@ impl Cluster {
         let nodes: Api<Node> = Api::all(self.client());
         wait(&format!("node {node} being Ready"), limit, async || {
             self.approve_serving(node).await.map_err(|e| e.to_string())?;
-            let found = nodes.get_opt(node).await.map_err(|e| e.to_string())?.ok_or("not registered")?;
-            let conditions = found.status.and_then(|status| status.conditions).unwrap_or_default();
+            let found = nodes
+                .get_opt(node)
+                .await
+                .map_err(|e| e.to_string())?
+                .ok_or("not registered")?;
+            let conditions = found
+                .status
+                .and_then(|status| status.conditions)
+                .unwrap_or_default();
             let ready = conditions.iter().find(|condition| condition.type_ == "Ready");
             match ready {
                 Some(ready) if ready.status == "True" => Ok(()),
@@ -259,7 +344,11 @@ pub async fn wait<T>(
         match ask().await {
             Ok(answer) => return Ok(answer),
             Err(seen) if since.elapsed() > limit => {
-                return Err(ClusterError::TimedOut { what: what.to_owned(), limit, seen });
+                return Err(ClusterError::TimedOut {
+                    what: what.to_owned(),
+                    limit,
+                    seen,
+                });
             }
             Err(_) => tokio::time::sleep(POLL).await,
         }

@@ -64,11 +64,24 @@ pub enum ComponentError {
     #[error("there is no component {name:?}; there are: {known}")]
     Unknown { name: String, known: String },
     #[error("cannot read or write the files of {name}")]
-    Files { name: String, #[source] source: std::io::Error },
+    Files {
+        name: String,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("cannot start {name}")]
-    Start { name: String, #[source] source: std::io::Error },
+    Start {
+        name: String,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("{name} ended {} it served; the end of {}:\n{tail}", if *.limit_reached { "or hung before" } else { "before" }, .log.display())]
-    NotReady { name: String, limit_reached: bool, log: PathBuf, tail: String },
+    NotReady {
+        name: String,
+        limit_reached: bool,
+        log: PathBuf,
+        tail: String,
+    },
 }
 
 /// What `start` found.
@@ -130,7 +143,10 @@ impl Component {
 
     /// All components the instance has ever started.
     pub fn all(layout: &Layout) -> Vec<Component> {
-        let entries = std::fs::read_dir(layout.components()).into_iter().flatten().flatten();
+        let entries = std::fs::read_dir(layout.components())
+            .into_iter()
+            .flatten()
+            .flatten();
         let mut all: Vec<Component> = entries
             .filter(|entry| entry.path().extension().is_some_and(|e| e == "json"))
             .filter_map(|entry| serde_json::from_slice(&std::fs::read(entry.path()).ok()?).ok())
@@ -143,14 +159,20 @@ impl Component {
         let all = Self::all(layout);
         let known = || all.iter().map(|c| c.name.as_str()).collect::<Vec<_>>().join(", ");
         let found = all.iter().find(|component| component.name == name);
-        found.cloned().ok_or_else(|| ComponentError::Unknown { name: name.to_owned(), known: known() })
+        found.cloned().ok_or_else(|| ComponentError::Unknown {
+            name: name.to_owned(),
+            known: known(),
+        })
     }
 
     /// Processes of the instance that no pid file names: those of a crashed
     /// start. (Shims are children of containerd and live on without it; they
     /// are no strays.)
     pub fn strays(layout: &Layout) -> Vec<Process> {
-        let known: Vec<Process> = Self::all(layout).iter().filter_map(|component| component.process(layout)).collect();
+        let known: Vec<Process> = Self::all(layout)
+            .iter()
+            .filter_map(|component| component.process(layout))
+            .collect();
         let mut marked = Process::with_environment(MARK, layout.instance().as_str());
         marked.retain(|process| !known.contains(process) && !process.is_shim());
         marked
@@ -158,7 +180,9 @@ impl Component {
 
     /// Its process, if it runs.
     pub fn process(&self, layout: &Layout) -> Option<Process> {
-        self.record(layout).map(|record| record.process).filter(Process::runs)
+        self.record(layout)
+            .map(|record| record.process)
+            .filter(Process::runs)
     }
 
     pub fn log(&self, layout: &Layout) -> PathBuf {
@@ -174,7 +198,10 @@ impl Component {
 
     /// Starts it without waiting.
     pub async fn spawn(&self, layout: &Layout) -> Result<Start, ComponentError> {
-        let files = |source| ComponentError::Files { name: self.name.clone(), source };
+        let files = |source| ComponentError::Files {
+            name: self.name.clone(),
+            source,
+        };
         let digest = self.digest();
         let mut how = Start::Started;
         if let Some(record) = self.record(layout)
@@ -195,7 +222,10 @@ impl Component {
             // A socket left by a killed predecessor would look like readiness.
             file::remove(socket).map_err(files)?;
         }
-        let process = self.launch(layout).map_err(|source| ComponentError::Start { name: self.name.clone(), source })?;
+        let process = self.launch(layout).map_err(|source| ComponentError::Start {
+            name: self.name.clone(),
+            source,
+        })?;
         let record = serde_json::to_vec(&Record { process, digest }).map_err(|e| files(e.into()))?;
         file::write(&self.file(layout, "pid"), record, file::Mode::Public).map_err(files)?;
         Ok(how)
@@ -212,7 +242,12 @@ impl Component {
             if !runs || limit_reached {
                 let log = self.log(layout);
                 let tail = tail(&log);
-                return Err(ComponentError::NotReady { name: self.name.clone(), limit_reached, log, tail });
+                return Err(ComponentError::NotReady {
+                    name: self.name.clone(),
+                    limit_reached,
+                    log,
+                    tail,
+                });
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -223,8 +258,10 @@ impl Component {
         if let Some(record) = self.record(layout) {
             record.process.end(grace).await;
         }
-        file::remove(&self.file(layout, "pid"))
-            .map_err(|source| ComponentError::Files { name: self.name.clone(), source })
+        file::remove(&self.file(layout, "pid")).map_err(|source| ComponentError::Files {
+            name: self.name.clone(),
+            source,
+        })
     }
 
     /// `kill -9`: what it must survive.
@@ -252,12 +289,23 @@ impl Component {
     /// In a session of its own, so that no terminal's end reaches it. Both
     /// `setsid` and `nsenter` become the program: the child's id is its id.
     fn launch(&self, layout: &Layout) -> std::io::Result<Process> {
-        let log = OpenOptions::new().create(true).append(true).open(self.log(layout))?;
+        let log = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.log(layout))?;
         let mut command = Command::new("setsid");
-        let launcher: Vec<OsString> = self.namespace.as_ref().map(Namespace::launcher).unwrap_or_default();
+        let launcher: Vec<OsString> = self
+            .namespace
+            .as_ref()
+            .map(Namespace::launcher)
+            .unwrap_or_default();
         command.args(launcher).args(&self.argv).envs(&self.environment);
         command.env(MARK, layout.instance().as_str());
-        command.current_dir("/").stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        command
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
         let mut child = command.spawn()?;
         let pid = i32::try_from(child.id()).map_err(std::io::Error::other)?;
         let process = Process::of(pid);
@@ -284,7 +332,12 @@ impl Component {
             // configuration is compared by content, as `up` writes it anew.
             match known {
                 Ok(known) if known.len() > 1 << 20 => {
-                    hash.update(format!("{} {} {}", known.len(), known.mtime(), known.mtime_nsec()));
+                    hash.update(format!(
+                        "{} {} {}",
+                        known.len(),
+                        known.mtime(),
+                        known.mtime_nsec()
+                    ));
                 }
                 Ok(_) => hash.update(std::fs::read(path).unwrap_or_default()),
                 Err(_) => hash.update("absent"),
@@ -308,7 +361,10 @@ fn tail(log: &Path) -> String {
     };
     let text = read().unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(15)..].iter().map(|line| format!("  {line}\n")).collect()
+    lines[lines.len().saturating_sub(15)..]
+        .iter()
+        .map(|line| format!("  {line}\n"))
+        .collect()
 }
 
 #[cfg(test)]

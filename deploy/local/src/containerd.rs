@@ -31,11 +31,24 @@ pub const REGISTRY_NAME: &str = "registry.spindrift.local";
 #[derive(Debug, thiserror::Error)]
 pub enum ContainerdError {
     #[error("cannot write {}", .path.display())]
-    File { path: PathBuf, #[source] source: std::io::Error },
+    File {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("cannot import image {image} on {host}")]
-    Import { image: &'static str, host: String, #[source] source: ToolError },
+    Import {
+        image: &'static str,
+        host: String,
+        #[source]
+        source: ToolError,
+    },
     #[error("cannot unmount {}", .path.display())]
-    Unmount { path: PathBuf, #[source] source: nix::Error },
+    Unmount {
+        path: PathBuf,
+        #[source]
+        source: nix::Error,
+    },
 }
 
 /// Where one host's containerd keeps things.
@@ -48,7 +61,15 @@ pub struct Runtime {
 
 impl Runtime {
     pub fn new(layout: &Layout, host: &Host, programs: &Containerd) -> Self {
-        Self { layout: layout.clone(), host: host.clone(), programs: programs.clone() }
+        Self {
+            layout: layout.clone(),
+            host: host.clone(),
+            programs: programs.clone(),
+        }
+    }
+
+    pub fn host(&self) -> &Host {
+        &self.host
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -83,7 +104,10 @@ impl Runtime {
             let parent = path.parent().unwrap_or(path);
             std::fs::create_dir_all(parent)
                 .and_then(|()| file::write(path, content, Mode::Public))
-                .map_err(|source| ContainerdError::File { path: path.to_owned(), source })
+                .map_err(|source| ContainerdError::File {
+                    path: path.to_owned(),
+                    source,
+                })
         };
         let network = serde_json::json!({
             "cniVersion": "1.0.0",
@@ -97,23 +121,34 @@ impl Runtime {
             .and_then(|()| std::os::unix::fs::symlink(plugin, &link))
             .map_err(|source| ContainerdError::File { path: link, source })?;
         let registry = format!("server = \"http://{REGISTRY}:{REGISTRY_PORT}\"\n");
-        write(&self.certificates().join(REGISTRY_NAME).join("hosts.toml"), registry)?;
+        write(
+            &self.certificates().join(REGISTRY_NAME).join("hosts.toml"),
+            registry,
+        )?;
         let config = self.state().join("config.toml");
         write(&config, self.config())?;
 
-        let path = format!("{}:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin", self.programs.directory.display());
-        Ok(Component::new(format!("containerd@{}", self.host.name), self.programs.program())
-            .within(&self.host.namespace)
-            .arg("--config")
-            .arg(config.display().to_string())
-            .input(config)
-            // Where it finds its shim and runc.
-            .environment("PATH", path)
-            .ready_when(Ready::Socket(self.socket())))
+        let path = format!(
+            "{}:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin",
+            self.programs.directory.display()
+        );
+        Ok(
+            Component::new(format!("containerd@{}", self.host.name), self.programs.program())
+                .within(&self.host.namespace)
+                .arg("--config")
+                .arg(config.display().to_string())
+                .input(config)
+                // Where it finds its shim and runc.
+                .environment("PATH", path)
+                .ready_when(Ready::Socket(self.socket())),
+        )
     }
 
     fn config(&self) -> String {
-        let (images, runtime) = ("plugins.'io.containerd.cri.v1.images'", "plugins.'io.containerd.cri.v1.runtime'");
+        let (images, runtime) = (
+            "plugins.'io.containerd.cri.v1.images'",
+            "plugins.'io.containerd.cri.v1.runtime'",
+        );
         let registries = self.certificates();
         let mut text = format!(
             "version = 3
@@ -180,7 +215,11 @@ Root = '{runc}'
 
     /// `ctr` for this host's containers and images.
     pub fn ctr(&self) -> Tool {
-        Tool::new(self.programs.ctr()).arg("--address").arg(self.socket()).arg("--namespace").arg(NAMESPACE)
+        Tool::new(self.programs.ctr())
+            .arg("--address")
+            .arg(self.socket())
+            .arg("--namespace")
+            .arg(NAMESPACE)
     }
 
     /// Imports what is not there in this version.
@@ -190,9 +229,17 @@ Root = '{runc}'
             return Ok(());
         }
         for image in images::ALL {
-            self.ctr().args(["images", "import", "--local"]).arg(images.archive(image)).limit(Duration::from_secs(300)).run().await.map_err(
-                |source| ContainerdError::Import { image: image.reference, host: self.host.name.clone(), source },
-            )?;
+            self.ctr()
+                .args(["images", "import", "--local"])
+                .arg(images.archive(image))
+                .limit(Duration::from_secs(300))
+                .run()
+                .await
+                .map_err(|source| ContainerdError::Import {
+                    image: image.reference,
+                    host: self.host.name.clone(),
+                    source,
+                })?;
         }
         file::write(&mark, images.version(), Mode::Public)
             .map_err(|source| ContainerdError::File { path: mark, source })
@@ -207,7 +254,10 @@ pub async fn remove_containers(layout: &Layout, hosts: impl IntoIterator<Item = 
         let root = layout.host_state(&host).join("containerd/runc").join(NAMESPACE);
         let containers = std::fs::read_dir(&root).into_iter().flatten().flatten();
         let removals = containers.map(|container| {
-            let runc = Tool::new("runc").arg("--root").arg(&root).args(["delete", "--force"]);
+            let runc = Tool::new("runc")
+                .arg("--root")
+                .arg(&root)
+                .args(["delete", "--force"]);
             // One that a crash left half made is dealt with by its shim's end
             // and the removal of its files.
             async move { drop(runc.arg(container.file_name()).run().await) }
@@ -215,18 +265,29 @@ pub async fn remove_containers(layout: &Layout, hosts: impl IntoIterator<Item = 
         futures::future::join_all(removals).await;
     }
     let shims = Process::with_environment(crate::component::MARK, layout.instance().as_str());
-    futures::future::join_all(shims.iter().filter(|p| p.is_shim()).map(|shim| shim.end(Duration::ZERO))).await;
+    futures::future::join_all(
+        shims
+            .iter()
+            .filter(|p| p.is_shim())
+            .map(|shim| shim.end(Duration::ZERO)),
+    )
+    .await;
 }
 
 /// Sockets of shims lie in a directory that all containerds share; a killed
 /// shim leaves its own there. The bundles tell which were ours.
 pub fn remove_shim_sockets(layout: &Layout, hosts: impl IntoIterator<Item = String>) {
     for host in hosts {
-        let bundles = layout.host_state(&host).join("containerd/io.containerd.runtime.v2.task").join(NAMESPACE);
+        let bundles = layout
+            .host_state(&host)
+            .join("containerd/io.containerd.runtime.v2.task")
+            .join(NAMESPACE);
         for bundle in std::fs::read_dir(bundles).into_iter().flatten().flatten() {
             let told = std::fs::read(bundle.path().join("bootstrap.json")).unwrap_or_default();
             let told: serde_json::Value = serde_json::from_slice(&told).unwrap_or_default();
-            let socket = told["address"].as_str().and_then(|address| address.strip_prefix("unix://"));
+            let socket = told["address"]
+                .as_str()
+                .and_then(|address| address.strip_prefix("unix://"));
             if let Some(socket) = socket {
                 // Most went with their shim.
                 file::remove(Path::new(socket)).ok();
@@ -237,12 +298,21 @@ pub fn remove_shim_sockets(layout: &Layout, hosts: impl IntoIterator<Item = Stri
 
 /// Unmounts everything below the directories, innermost first.
 pub fn unmount_below(directories: &[PathBuf]) -> Result<(), ContainerdError> {
-    let table = std::fs::read_to_string("/proc/self/mountinfo")
-        .map_err(|source| ContainerdError::File { path: "/proc/self/mountinfo".into(), source })?;
+    let table = std::fs::read_to_string("/proc/self/mountinfo").map_err(|source| ContainerdError::File {
+        path: "/proc/self/mountinfo".into(),
+        source,
+    })?;
     let mut points: Vec<PathBuf> = table
         .lines()
         .filter_map(|line| line.split(' ').nth(4))
-        .map(|point| PathBuf::from(point.replace("\\040", " ").trim_end_matches("//deleted").to_owned()))
+        .map(|point| {
+            PathBuf::from(
+                point
+                    .replace("\\040", " ")
+                    .trim_end_matches("//deleted")
+                    .to_owned(),
+            )
+        })
         .filter(|point| directories.iter().any(|directory| point.starts_with(directory)))
         .collect();
     // Later mounts lie on earlier ones.

@@ -30,7 +30,11 @@ pub struct ControlPlane {
 #[derive(Debug, thiserror::Error)]
 pub enum KubeconfigError {
     #[error("cannot read or write {}", .path.display())]
-    File { path: PathBuf, #[source] source: std::io::Error },
+    File {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
 }
 
 const ETCD: ([u8; 4], u16) = ([127, 0, 0, 1], 2379);
@@ -71,7 +75,10 @@ impl ControlPlane {
             .path_flag("tls-cert-file", &serving.certificate)
             .path_flag("tls-private-key-file", &serving.key)
             .path_flag("client-ca-file", &ca)
-            .flag("service-account-issuer", "https://kubernetes.default.svc.cluster.local")
+            .flag(
+                "service-account-issuer",
+                "https://kubernetes.default.svc.cluster.local",
+            )
             .path_flag("service-account-key-file", token_public)
             .path_flag("service-account-signing-key-file", &token_key)
             .flag("service-cluster-ip-range", SERVICE_RANGE)
@@ -105,16 +112,35 @@ impl ControlPlane {
             .path_flag("cluster-signing-cert-file", &ca)
             .path_flag("cluster-signing-key-file", authority.key());
         let scheduler = controller("kube-scheduler")?;
-        Ok(Self { etcd, api_server, controllers: [manager, scheduler], authority, admin })
+        Ok(Self {
+            etcd,
+            api_server,
+            controllers: [manager, scheduler],
+            authority,
+            admin,
+        })
     }
 
     fn serving() -> Subject {
-        let names = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local"];
+        let names = [
+            "kubernetes",
+            "kubernetes.default",
+            "kubernetes.default.svc",
+            "kubernetes.default.svc.cluster.local",
+        ];
         Subject {
             common_name: "kube-apiserver".into(),
-            dns_names: names.iter().chain(&["localhost"]).map(|name| (*name).to_owned()).collect(),
+            dns_names: names
+                .iter()
+                .chain(&["localhost"])
+                .map(|name| (*name).to_owned())
+                .collect(),
             // The last is where the relay listens for the user's kubectl.
-            addresses: vec![API_SERVER.into(), KUBERNETES_SERVICE.into(), [127, 0, 0, 1].into()],
+            addresses: vec![
+                API_SERVER.into(),
+                KUBERNETES_SERVICE.into(),
+                [127, 0, 0, 1].into(),
+            ],
             ..Subject::default()
         }
     }
@@ -138,7 +164,10 @@ pub fn write_kubeconfig(
     let read = |path: &Path| {
         std::fs::read(path)
             .map(|content| BASE64_STANDARD.encode(content))
-            .map_err(|source| KubeconfigError::File { path: path.to_owned(), source })
+            .map_err(|source| KubeconfigError::File {
+                path: path.to_owned(),
+                source,
+            })
     };
     let text = format!(
         "apiVersion: v1
@@ -164,5 +193,8 @@ current-context: spindrift
         certificate = read(&credential.certificate)?,
         key = read(&credential.key)?,
     );
-    file::write(path, text, Mode::Private).map_err(|source| KubeconfigError::File { path: path.to_owned(), source })
+    file::write(path, text, Mode::Private).map_err(|source| KubeconfigError::File {
+        path: path.to_owned(),
+        source,
+    })
 }

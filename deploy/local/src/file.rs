@@ -8,38 +8,40 @@ use std::{
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
+pub(crate) enum Mode {
     /// Keys and credentials: 0600.
     Private,
     Public,
-    Executable,
 }
 
 /// Replaces `path` in one step: a reader sees the old or the new content, and a
 /// crash leaves one of them.
-pub fn write(path: &Path, content: impl AsRef<[u8]>, mode: Mode) -> io::Result<()> {
+pub(crate) fn write(path: &Path, content: impl AsRef<[u8]>, mode: Mode) -> io::Result<()> {
     let bits = match mode {
         Mode::Private => 0o600,
         Mode::Public => 0o644,
-        Mode::Executable => 0o755,
     };
     let mut name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
     name.push(format!(".{}.new", std::process::id()));
     let new = path.with_file_name(name);
     remove(&new)?;
-    let mut file = OpenOptions::new().write(true).create_new(true).mode(bits).open(&new)?;
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(bits)
+        .open(&new)?;
     file.write_all(content.as_ref())?;
     drop(file);
     std::fs::rename(&new, path)
 }
 
 /// Removes a file; one that is not there is fine.
-pub fn remove(path: &Path) -> io::Result<()> {
+pub(crate) fn remove(path: &Path) -> io::Result<()> {
     absent_is_fine(std::fs::remove_file(path))
 }
 
 /// Removes a directory and what is in it; one that is not there is fine.
-pub fn remove_tree(path: &Path) -> io::Result<()> {
+pub(crate) fn remove_tree(path: &Path) -> io::Result<()> {
     absent_is_fine(std::fs::remove_dir_all(path))
 }
 
@@ -50,7 +52,7 @@ fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
-pub fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
@@ -67,7 +69,10 @@ mod tests {
         for content in ["one", "two"] {
             write(&path, content, Mode::Private).unwrap();
             assert_eq!(std::fs::read_to_string(&path).unwrap(), content);
-            assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+            assert_eq!(
+                std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+                0o600
+            );
         }
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     }

@@ -26,9 +26,18 @@ pub struct Image {
     pub reference: &'static str,
 }
 
-pub const PAUSE: Image = Image { name: "pause", reference: "spindrift.local/pause:1" };
-pub const BUSYBOX_IMAGE: Image = Image { name: "busybox", reference: "spindrift.local/busybox:1" };
-pub const AGNHOST: Image = Image { name: "agnhost", reference: "spindrift.local/agnhost:1" };
+pub const PAUSE: Image = Image {
+    name: "pause",
+    reference: "spindrift.local/pause:1",
+};
+pub const BUSYBOX_IMAGE: Image = Image {
+    name: "busybox",
+    reference: "spindrift.local/busybox:1",
+};
+pub const AGNHOST: Image = Image {
+    name: "agnhost",
+    reference: "spindrift.local/agnhost:1",
+};
 pub const ALL: [Image; 3] = [PAUSE, BUSYBOX_IMAGE, AGNHOST];
 
 /// A directory of image archives.
@@ -49,13 +58,25 @@ impl Images {
 
     /// Another whenever the content is.
     pub fn version(&self) -> String {
-        self.directory.file_name().unwrap_or_default().to_string_lossy().into_owned()
+        self.directory
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned()
     }
 }
 
 /// Builds all archives into the directory.
-pub(crate) async fn build(directory: &Path, agnhost: &Path, pause: &Path, step: &Step) -> Result<(), ArtifactError> {
-    let failed = |source: ToolError| ArtifactError::Build { what: "an image", source };
+pub(crate) async fn build(
+    directory: &Path,
+    agnhost: &Path,
+    pause: &Path,
+    step: &Step,
+) -> Result<(), ArtifactError> {
+    let failed = |source: ToolError| ArtifactError::Build {
+        what: "an image",
+        source,
+    };
     step.note("busybox");
     let root = directory.join("root.busybox");
     tree(&root, &["bin", "etc", "tmp"])?;
@@ -65,13 +86,17 @@ pub(crate) async fn build(directory: &Path, agnhost: &Path, pause: &Path, step: 
         symlink("busybox", root.join("bin").join(applet))?;
     }
     accounts(&root)?;
-    archive(directory, BUSYBOX_IMAGE, &root, &["--config.cmd=sh"]).await.map_err(failed)?;
+    archive(directory, BUSYBOX_IMAGE, &root, &["--config.cmd=sh"])
+        .await
+        .map_err(failed)?;
 
     step.note("agnhost");
     // On top of busybox, so that a person can look around with a shell.
     let root = rename(directory, "root.busybox", "root.agnhost")?;
     std::fs::copy(agnhost, root.join("agnhost"))?;
-    archive(directory, AGNHOST, &root, &["--config.entrypoint=/agnhost"]).await.map_err(failed)?;
+    archive(directory, AGNHOST, &root, &["--config.entrypoint=/agnhost"])
+        .await
+        .map_err(failed)?;
 
     step.note("pause");
     let root = directory.join("root.pause");
@@ -84,9 +109,14 @@ pub(crate) async fn build(directory: &Path, agnhost: &Path, pause: &Path, step: 
         .run()
         .await
         .map_err(failed)?;
-    archive(directory, PAUSE, &root, &["--config.entrypoint=/pause", "--config.user=65535:65535"])
-        .await
-        .map_err(failed)?;
+    archive(
+        directory,
+        PAUSE,
+        &root,
+        &["--config.entrypoint=/pause", "--config.user=65535:65535"],
+    )
+    .await
+    .map_err(failed)?;
     for leftover in ["root.agnhost", "root.pause"] {
         std::fs::remove_dir_all(directory.join(leftover))?;
     }
@@ -101,7 +131,9 @@ fn rename(directory: &Path, from: &str, to: &str) -> std::io::Result<PathBuf> {
 
 fn tree(root: &Path, directories: &[&str]) -> std::io::Result<()> {
     std::fs::create_dir_all(root)?;
-    directories.iter().try_for_each(|directory| std::fs::create_dir_all(root.join(directory)))
+    directories
+        .iter()
+        .try_for_each(|directory| std::fs::create_dir_all(root.join(directory)))
 }
 
 /// Images without these make tools that look up users complain.
@@ -128,9 +160,18 @@ async fn archive(directory: &Path, image: Image, root: &Path, config: &[&str]) -
         .await?;
     Tool::words("umoci init --layout").arg(&layout).run().await?;
     Tool::words("umoci new --image").arg(&tagged).run().await?;
-    Tool::words("umoci raw add-layer --image").arg(&tagged).arg(&layer).run().await?;
+    Tool::words("umoci raw add-layer --image")
+        .arg(&tagged)
+        .arg(&layer)
+        .run()
+        .await?;
     let path = "--config.env=PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
-    Tool::words("umoci config --image").arg(&tagged).arg(path).args(config).run().await?;
+    Tool::words("umoci config --image")
+        .arg(&tagged)
+        .arg(path)
+        .args(config)
+        .run()
+        .await?;
     let archive = directory.join(format!("{}.tar", image.name));
     Tool::words("skopeo copy --quiet --insecure-policy")
         .arg(format!("oci:{tagged}"))

@@ -19,7 +19,9 @@ use serde::{Deserialize, Serialize};
 pub struct InstanceName(String);
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-#[error("instance name {0:?} is not one to sixteen of a-z, 0-9 and '-' that starts with a letter and does not end with '-'")]
+#[error(
+    "instance name {0:?} is not one to sixteen of a-z, 0-9 and '-' that starts with a letter and does not end with '-'"
+)]
 pub struct InvalidInstanceName(String);
 
 impl InstanceName {
@@ -37,7 +39,11 @@ impl FromStr for InstanceName {
             && name.bytes().all(known)
             && name.starts_with(|c: char| c.is_ascii_lowercase())
             && !name.ends_with('-');
-        if valid { Ok(Self(name.to_owned())) } else { Err(InvalidInstanceName(name.to_owned())) }
+        if valid {
+            Ok(Self(name.to_owned()))
+        } else {
+            Err(InvalidInstanceName(name.to_owned()))
+        }
     }
 }
 
@@ -172,8 +178,23 @@ mod tests {
 
     #[test]
     fn a_name_that_could_leave_its_directory_or_namespace_is_refused() {
-        for name in ["", "-", "1a", "a-", "A", "a/b", "..", "a b", "abcdefghijklmnopq", "a_b"] {
-            assert_eq!(name.parse::<InstanceName>(), Err(InvalidInstanceName(name.to_owned())), "{name:?}");
+        for name in [
+            "",
+            "-",
+            "1a",
+            "a-",
+            "A",
+            "a/b",
+            "..",
+            "a b",
+            "abcdefghijklmnopq",
+            "a_b",
+        ] {
+            assert_eq!(
+                name.parse::<InstanceName>(),
+                Err(InvalidInstanceName(name.to_owned())),
+                "{name:?}"
+            );
         }
     }
 }

@@ -28,8 +28,8 @@ use crate::{
     process::{self, Process},
     progress::Progress,
     relay,
-    topology::{API_SERVER, API_SERVER_PORT, Topology, TopologyError},
     tool::ToolError,
+    topology::{API_SERVER, API_SERVER_PORT, Topology, TopologyError},
 };
 
 /// What a lab is to be.
@@ -48,7 +48,14 @@ pub struct Options {
 impl Options {
     /// Two hosts, a cluster of its own, our programs as cargo last built them.
     pub fn for_tests(instance: InstanceName, cache: PathBuf) -> Self {
-        Self { instance, hosts: 2, profile: Profile::Dev, build: Build::Taken, cluster: ClusterSource::Made, cache }
+        Self {
+            instance,
+            hosts: 2,
+            profile: Profile::Dev,
+            build: Build::Taken,
+            cluster: ClusterSource::Made,
+            cache,
+        }
     }
 }
 
@@ -68,7 +75,10 @@ pub enum ClusterSource {
     /// One of the lab's own.
     Made,
     /// The user's. See [`Options`] in the README for what must be reachable.
-    Joined { kubeconfig: PathBuf, node_address: Option<Ipv4Addr> },
+    Joined {
+        kubeconfig: PathBuf,
+        node_address: Option<Ipv4Addr>,
+    },
 }
 
 /// What stays the same for as long as the instance lives.
@@ -89,7 +99,11 @@ pub enum LabError {
     #[error("there is no instance {0}")]
     Absent(InstanceName),
     #[error("cannot read or write {}", .path.display())]
-    File { path: PathBuf, #[source] source: std::io::Error },
+    File {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     #[error(transparent)]
     Artifact(#[from] ArtifactError),
     #[error(transparent)]
@@ -117,7 +131,6 @@ pub struct Lab {
     cluster: Cluster,
     runtimes: Vec<Runtime>,
     images: Images,
-    programs: Spindrift,
 }
 
 impl Lab {
@@ -144,12 +157,21 @@ impl Lab {
         topology.ensure().await?;
         step.done();
 
-        let runtimes: Vec<Runtime> =
-            topology.hosts.iter().map(|host| Runtime::new(&layout, host, &containerd)).collect();
+        let runtimes: Vec<Runtime> = topology
+            .hosts
+            .iter()
+            .map(|host| Runtime::new(&layout, host, &containerd))
+            .collect();
         let cluster = make_cluster(&layout, &record, &topology, &devcluster, &programs, progress);
         let hosts = start_hosts(&layout, &runtimes, &images, &programs, progress);
         let (cluster, ()) = tokio::try_join!(cluster, hosts)?;
-        Ok(Self { layout, topology, cluster, runtimes, images, programs })
+        Ok(Self {
+            layout,
+            topology,
+            cluster,
+            runtimes,
+            images,
+        })
     }
 
     pub fn layout(&self) -> &Layout {
@@ -176,6 +198,11 @@ impl Lab {
         Ok(Component::find(&self.layout, name)?)
     }
 
+    /// The containerd of a host.
+    pub fn runtime(&self, host: &str) -> Option<&Runtime> {
+        self.runtimes.iter().find(|runtime| runtime.host().name == host)
+    }
+
     /// `kill -9`, and gone when this returns.
     pub async fn kill(&self, component: &str) -> Result<(), LabError> {
         Ok(self.component(component)?.kill(&self.layout).await?)
@@ -198,7 +225,11 @@ impl Record {
             if record.boot == boot {
                 let same = (record.hosts, record.profile, &record.cluster)
                     == (options.hosts, options.profile, &options.cluster);
-                return if same { Ok(record) } else { Err(LabError::Differs(options.instance.clone())) };
+                return if same {
+                    Ok(record)
+                } else {
+                    Err(LabError::Differs(options.instance.clone()))
+                };
             }
             progress.say("The machine has been restarted since: the instance is made anew");
         }
@@ -248,8 +279,13 @@ async fn make_cluster(
         .ready_when(Ready::Accepts(listen));
     relay.start(layout, START).await?;
     let server = format!("https://{listen}");
-    write_kubeconfig(&layout.kubeconfig(), &server, &plane.authority.certificate(), &plane.admin)
-        .map_err(ControlPlaneError::from)?;
+    write_kubeconfig(
+        &layout.kubeconfig(),
+        &server,
+        &plane.authority.certificate(),
+        &plane.admin,
+    )
+    .map_err(ControlPlaneError::from)?;
     link_kubectl(layout, devcluster)?;
     let cluster = Cluster::connect(&layout.kubeconfig()).await?;
     cluster.wait_ready(START).await?;
@@ -299,7 +335,10 @@ pub async fn down(instance: &InstanceName, progress: &Progress) -> Result<(), La
     let step = progress.step(format!("Remove {instance}"));
     remove(&layout).await?;
     step.done();
-    file::remove(&layout.lock()).map_err(|source| LabError::File { path: layout.lock(), source })?;
+    file::remove(&layout.lock()).map_err(|source| LabError::File {
+        path: layout.lock(),
+        source,
+    })?;
     drop(lock);
     // The directory of all instances, if this was the last.
     for shared in [layout.state(), layout.data()] {
@@ -310,13 +349,16 @@ pub async fn down(instance: &InstanceName, progress: &Progress) -> Result<(), La
 
 async fn hold(layout: &Layout, progress: &Progress) -> Result<Flock<File>, LabError> {
     let path = layout.lock();
-    let at = |source| LabError::File { path: path.clone(), source };
+    let at = |source| LabError::File {
+        path: path.clone(),
+        source,
+    };
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).map_err(at)?;
     }
     let step = progress.step(format!("Wait for instance {}", layout.instance()));
     let lock = cache::lock(&path, &step).await.map_err(at)?;
-    step.forget();
+    step.done_quietly();
     Ok(lock)
 }
 
@@ -327,20 +369,36 @@ async fn remove(layout: &Layout) -> Result<(), LabError> {
     for stray in Component::strays(layout) {
         stray.end(Duration::ZERO).await;
     }
-    let hosts = || std::fs::read_dir(layout.state()).into_iter().flatten().flatten().filter_map(|entry| {
-        entry.file_name().into_string().ok().filter(|name| name.starts_with("host-"))
-    });
+    let hosts = || {
+        std::fs::read_dir(layout.state())
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|entry| {
+                entry
+                    .file_name()
+                    .into_string()
+                    .ok()
+                    .filter(|name| name.starts_with("host-"))
+            })
+    };
     containerd::remove_containers(layout, hosts()).await;
     containerd::remove_shim_sockets(layout, hosts());
     for straggler in Process::with_environment(crate::component::MARK, layout.instance().as_str()) {
         straggler.end(Duration::ZERO).await;
     }
     containerd::unmount_below(&[layout.state(), layout.data()])?;
-    for namespace in Namespace::existing().iter().filter(|namespace| is_ours(namespace, layout)) {
+    for namespace in Namespace::existing()
+        .iter()
+        .filter(|namespace| is_ours(namespace, layout))
+    {
         namespace.remove().await.map_err(LabError::Namespace)?;
     }
     for directory in [layout.state(), layout.data()] {
-        file::remove_tree(&directory).map_err(|source| LabError::File { path: directory, source })?;
+        file::remove_tree(&directory).map_err(|source| LabError::File {
+            path: directory,
+            source,
+        })?;
     }
     Ok(())
 }

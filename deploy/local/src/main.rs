@@ -6,7 +6,8 @@ use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use spindrift_local::{
     Lab, Layout, Options, Progress,
-    artifacts::Profile,
+    artifacts::{self, Profile},
+    cache::Cache,
     component::Component,
     instance::InstanceName,
     lab::{self, Build, ClusterSource},
@@ -32,11 +33,11 @@ enum Verb {
     Down(Instance),
     /// Tell what runs
     Status(Instance),
-    /// Install what a lab needs, and nothing else
+    /// Install and build what labs and tests need of other projects
     Tools {
-        /// Also what the tests need
-        #[arg(long)]
-        tests: bool,
+        /// How far to go
+        #[arg(default_value = "all")]
+        what: Tools,
         #[command(flatten)]
         environment: Environment,
     },
@@ -71,6 +72,14 @@ enum ComponentVerb {
     Kill,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Tools {
+    /// Only the machine's packages
+    Packages,
+    /// Also the Kubernetes control plane, containerd and the test images
+    All,
+}
+
 #[derive(Args)]
 struct Instance {
     /// Everything the instance makes carries this name
@@ -95,7 +104,10 @@ impl Environment {
     fn cache(&self) -> anyhow::Result<PathBuf> {
         let home = || Some(self.home.as_ref()?.join(".cache"));
         let standard = || Some(self.cache_home.clone().or_else(home)?.join("spindrift"));
-        self.cache.clone().or_else(standard).context("no HOME: say where to keep builds with --cache")
+        self.cache
+            .clone()
+            .or_else(standard)
+            .context("no HOME: say where to keep builds with --cache")
     }
 }
 
@@ -117,7 +129,13 @@ struct Up {
 }
 
 fn main() -> ExitCode {
-    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
+    // The client logs each answer that says "not yet"; waiting for those is
+    // what `up` does.
+    let filter = tracing_subscriber::EnvFilter::new("info,kube_client=off");
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
     match run(Command::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -129,9 +147,20 @@ fn main() -> ExitCode {
 
 fn run(command: Command) -> anyhow::Result<()> {
     // Moves the process between namespaces, so it comes before any thread.
-    if let Verb::Relay { listen, listen_in, dial_in, target } = command.verb {
+    if let Verb::Relay {
+        listen,
+        listen_in,
+        dial_in,
+        target,
+    } = command.verb
+    {
         let named = |name: Option<String>| name.map(Namespace::named);
-        return Ok(relay::run(named(listen_in).as_ref(), listen, named(dial_in).as_ref(), &target)?);
+        return Ok(relay::run(
+            named(listen_in).as_ref(),
+            listen,
+            named(dial_in).as_ref(),
+            &target,
+        )?);
     }
     let runtime = tokio::runtime::Runtime::new().context("cannot start the runtime")?;
     runtime.block_on(async {
@@ -139,14 +168,21 @@ fn run(command: Command) -> anyhow::Result<()> {
             Verb::Up(up) => make(up).await,
             Verb::Down(Instance { instance }) => Ok(lab::down(&instance, &Progress::stderr()).await?),
             Verb::Status(Instance { instance }) => status(instance),
-            Verb::Tools { tests, environment } => {
-                let purpose = if tests { Purpose::Tests } else { Purpose::Lab };
-                Ok(requirements::ensure(purpose, &environment.search_path, &Progress::stderr()).await?)
-            }
+            Verb::Tools { what, environment } => tools(what, &environment).await,
             Verb::Component { name, verb, instance } => component(&name, verb, instance.instance).await,
             Verb::Relay { .. } => unreachable!("dealt with above"),
         }
     })
+}
+
+async fn tools(what: Tools, environment: &Environment) -> anyhow::Result<()> {
+    let progress = Progress::stderr();
+    requirements::ensure(Purpose::Tests, &environment.search_path, &progress).await?;
+    if what == Tools::All {
+        let directory = artifacts::tools(&Cache::new(environment.cache()?), &progress).await?;
+        println!("{}", directory.display());
+    }
+    Ok(())
 }
 
 async fn make(up: Up) -> anyhow::Result<()> {
@@ -180,8 +216,16 @@ async fn component(name: &str, verb: ComponentVerb, instance: InstanceName) -> a
     let layout = Layout::new(instance);
     let component = Component::find(&layout, name)?;
     match verb {
-        ComponentVerb::Start => drop(component.start(&layout, std::time::Duration::from_secs(60)).await?),
-        ComponentVerb::Stop => component.stop(&layout, std::time::Duration::from_secs(30)).await?,
+        ComponentVerb::Start => drop(
+            component
+                .start(&layout, std::time::Duration::from_secs(60))
+                .await?,
+        ),
+        ComponentVerb::Stop => {
+            component
+                .stop(&layout, std::time::Duration::from_secs(30))
+                .await?
+        }
         ComponentVerb::Kill => component.kill(&layout).await?,
     }
     Ok(())

@@ -35,7 +35,9 @@ impl Namespace {
     /// All that `ip netns` knows.
     pub fn existing() -> Vec<Namespace> {
         let entries = std::fs::read_dir("/run/netns").into_iter().flatten();
-        entries.filter_map(|entry| Some(Self::named(entry.ok()?.file_name().to_str()?))).collect()
+        entries
+            .filter_map(|entry| Some(Self::named(entry.ok()?.file_name().to_str()?)))
+            .collect()
     }
 
     pub fn name(&self) -> &str {
@@ -48,7 +50,7 @@ impl Namespace {
 
     /// A file without a namespace behind it, as a crash may leave, is none.
     pub fn exists(&self) -> bool {
-        nix::sys::statfs::statfs(&self.path()).is_ok_and(|fs| fs.filesystem_type().0 as i64 == NSFS_MAGIC)
+        nix::sys::statfs::statfs(&self.path()).is_ok_and(|fs| fs.filesystem_type().0 == NSFS_MAGIC)
     }
 
     /// Makes it unless it is there; its loopback is up.
@@ -74,12 +76,20 @@ impl Namespace {
 
     /// Runs `ip ARGUMENTS` on it.
     pub async fn ip(&self, arguments: &str) -> Result<String, ToolError> {
-        Tool::words("ip -n").arg(&self.name).args(arguments.split_whitespace()).run().await
+        Tool::words("ip -n")
+            .arg(&self.name)
+            .args(arguments.split_whitespace())
+            .run()
+            .await
     }
 
     /// Whether it has the device.
     pub async fn has_device(&self, device: &str) -> bool {
-        Tool::words("ip -n").arg(&self.name).args(["link", "show", "dev", device]).succeeds().await
+        Tool::words("ip -n")
+            .arg(&self.name)
+            .args(["link", "show", "dev", device])
+            .succeeds()
+            .await
     }
 
     /// The words before a command that put it into the namespace. `nsenter`
@@ -99,7 +109,8 @@ impl Namespace {
 
     /// Whether something accepts TCP connections at the address inside.
     pub fn accepts(&self, address: SocketAddr) -> bool {
-        self.enter(move || TcpStream::connect_timeout(&address, Duration::from_millis(500))).is_ok()
+        self.enter(move || TcpStream::connect_timeout(&address, Duration::from_millis(500)))
+            .is_ok()
     }
 
     /// Runs `f` on a thread of its own that stands in the namespace and ends
@@ -111,7 +122,9 @@ impl Namespace {
                 setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)?;
                 f()
             });
-            thread.join().unwrap_or_else(|_| Err(io::Error::other("the thread in the namespace panicked")))
+            thread
+                .join()
+                .unwrap_or_else(|_| Err(io::Error::other("the thread in the namespace panicked")))
         })
     }
 }

@@ -22,7 +22,11 @@ impl Process {
     /// has ended and only waits to be reaped.
     pub fn of(pid: i32) -> Option<Self> {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        Some(Self { pid, start_ticks: start_ticks(&stat)?, boot: boot_id()? })
+        Some(Self {
+            pid,
+            start_ticks: start_ticks(&stat)?,
+            boot: boot_id()?,
+        })
     }
 
     pub fn pid(&self) -> i32 {
@@ -38,7 +42,9 @@ impl Process {
         let uptime = std::fs::read_to_string("/proc/uptime").ok()?;
         let uptime: f64 = uptime.split(' ').next()?.parse().ok()?;
         // USER_HZ is 100 on every architecture that Linux shows to programs.
-        Some(Duration::from_secs_f64((uptime - self.start_ticks as f64 / 100.0).max(0.0)))
+        Some(Duration::from_secs_f64(
+            (uptime - self.start_ticks as f64 / 100.0).max(0.0),
+        ))
     }
 
     /// Resident memory in bytes.
@@ -53,7 +59,10 @@ impl Process {
     pub fn is_shim(&self) -> bool {
         let line = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
         let program = line.split(|b| *b == 0).next().unwrap_or_default();
-        String::from_utf8_lossy(program).rsplit('/').next().is_some_and(|name| name.starts_with("containerd-shim"))
+        String::from_utf8_lossy(program)
+            .rsplit('/')
+            .next()
+            .is_some_and(|name| name.starts_with("containerd-shim"))
     }
 
     /// Nothing happens if it is gone.
@@ -96,7 +105,9 @@ impl Process {
             .filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok())
             .filter(|pid| {
                 let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-                environment.split(|b| *b == 0).any(|variable| variable == wanted.as_bytes())
+                environment
+                    .split(|b| *b == 0)
+                    .any(|variable| variable == wanted.as_bytes())
             })
             .filter_map(Process::of)
             .collect()
@@ -117,7 +128,12 @@ fn start_ticks(stat: &str) -> Option<u64> {
 
 /// Changes at every boot.
 pub fn boot_id() -> Option<String> {
-    Some(std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned())
+    Some(
+        std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .ok()?
+            .trim()
+            .to_owned(),
+    )
 }
 
 #[cfg(test)]
@@ -128,20 +144,39 @@ mod tests {
     fn the_start_time_is_found_behind_any_command_name() {
         let fields = "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4242 0";
         for name in ["sleep", "a b", "evil) S 1 (x", ""] {
-            assert_eq!(start_ticks(&format!("7 ({name}) S {fields}")), Some(4242), "{name:?}");
+            assert_eq!(
+                start_ticks(&format!("7 ({name}) S {fields}")),
+                Some(4242),
+                "{name:?}"
+            );
         }
     }
 
     #[test]
     fn a_zombie_does_not_run() {
-        assert_eq!(start_ticks("7 (x) Z 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4242 0"), None);
+        assert_eq!(
+            start_ticks("7 (x) Z 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4242 0"),
+            None
+        );
     }
 
     #[test]
     fn another_process_with_the_same_number_is_not_the_one_we_started() {
         let own = Process::of(std::process::id().cast_signed()).unwrap();
         assert!(own.runs());
-        assert!(!Process { start_ticks: own.start_ticks + 1, ..own.clone() }.runs());
-        assert!(!Process { boot: "another".into(), ..own }.runs());
+        assert!(
+            !Process {
+                start_ticks: own.start_ticks + 1,
+                ..own.clone()
+            }
+            .runs()
+        );
+        assert!(
+            !Process {
+                boot: "another".into(),
+                ..own
+            }
+            .runs()
+        );
     }
 }

@@ -48,7 +48,10 @@ const WIDTH: usize = 78;
 impl Progress {
     /// On standard error, which leaves standard output to results.
     pub fn stderr() -> Self {
-        let screen = Arc::new(Screen { terminal: std::io::stderr().is_terminal(), under_way: Mutex::default() });
+        let screen = Arc::new(Screen {
+            terminal: std::io::stderr().is_terminal(),
+            under_way: Mutex::default(),
+        });
         let weak = Arc::downgrade(&screen);
         // Ends with the last clone. A thread, not a task: it must go on while
         // the runtime is busy or blocked.
@@ -76,7 +79,11 @@ impl Progress {
         if let Some(screen) = &self.screen {
             lock(&screen.under_way).push(running.clone());
         }
-        Step { screen: self.screen.clone(), running, ended: false }
+        Step {
+            screen: self.screen.clone(),
+            running,
+            ended: false,
+        }
     }
 
     /// A line for people that is no step.
@@ -102,12 +109,19 @@ impl Step {
     pub fn done_with(mut self, remark: &str) {
         self.note(remark);
         self.ended = true;
-        let line = format!("ok      {}: {remark}{}", self.running.what, took(self.running.since));
+        let line = format!(
+            "ok      {}: {remark}{}",
+            self.running.what,
+            took(self.running.since)
+        );
         self.leave(&line);
     }
 
-    /// Ends without a word, for what was not worth one.
-    pub fn forget(mut self) {
+    /// Done, and worth a line only if somebody had to wait for it.
+    pub fn done_quietly(mut self) {
+        if self.running.since.elapsed() > QUIET {
+            return self.done();
+        }
         self.ended = true;
         if let Some(screen) = &self.screen {
             lock(&screen.under_way).retain(|step| !Arc::ptr_eq(step, &self.running));
@@ -147,9 +161,15 @@ enum Ending {
 impl Screen {
     fn refresh(&self) {
         let under_way = lock(&self.under_way);
-        let Some(step) = under_way.iter().find(|step| step.since.elapsed() > QUIET) else { return };
+        let Some(step) = under_way.iter().find(|step| step.since.elapsed() > QUIET) else {
+            return;
+        };
         let note = lock(&step.note);
-        let line = format!("...     {} {} s  {note}", step.what, step.since.elapsed().as_secs());
+        let line = format!(
+            "...     {} {} s  {note}",
+            step.what,
+            step.since.elapsed().as_secs()
+        );
         if self.terminal {
             self.write(&line.chars().take(WIDTH).collect::<String>(), Ending::Overwritten);
             return;
@@ -158,8 +178,19 @@ impl Screen {
             let mut told = lock(&step.told);
             if told.is_none_or(|at| at.elapsed() > LOG_EVERY) {
                 *told = Some(Instant::now());
-                let remark = if Arc::ptr_eq(step, &under_way[0]) { note.as_str() } else { "" };
-                self.write(&format!("...     {} {} s  {remark}", step.what, step.since.elapsed().as_secs()), Ending::Kept);
+                let remark = if Arc::ptr_eq(step, &under_way[0]) {
+                    note.as_str()
+                } else {
+                    ""
+                };
+                self.write(
+                    &format!(
+                        "...     {} {} s  {remark}",
+                        step.what,
+                        step.since.elapsed().as_secs()
+                    ),
+                    Ending::Kept,
+                );
             }
         }
     }
@@ -177,7 +208,11 @@ impl Screen {
 
 fn took(since: Instant) -> String {
     let seconds = since.elapsed().as_secs_f64();
-    if seconds < 1.0 { String::new() } else { format!("  {seconds:.1} s") }
+    if seconds < 1.0 {
+        String::new()
+    } else {
+        format!("  {seconds:.1} s")
+    }
 }
 
 /// What is behind these locks is plain text: a panic elsewhere cannot have

@@ -18,9 +18,17 @@ use crate::netns::Namespace;
 #[derive(Debug, thiserror::Error)]
 pub enum RelayError {
     #[error("cannot enter namespace {namespace}")]
-    Enter { namespace: String, #[source] source: io::Error },
+    Enter {
+        namespace: String,
+        #[source]
+        source: io::Error,
+    },
     #[error("cannot listen on {address}")]
-    Listen { address: SocketAddr, #[source] source: io::Error },
+    Listen {
+        address: SocketAddr,
+        #[source]
+        source: io::Error,
+    },
     #[error("cannot start the runtime")]
     Runtime(#[source] io::Error),
 }
@@ -46,13 +54,18 @@ pub fn run(
     dial_in: Option<&Namespace>,
     target: &str,
 ) -> Result<(), RelayError> {
-    let dial_in = dial_in.cloned().map_or_else(own_namespace, |namespace| open(&namespace))?;
+    let dial_in = dial_in
+        .cloned()
+        .map_or_else(own_namespace, |namespace| open(&namespace))?;
     if let Some(namespace) = listen_in {
         enter(&open(namespace)?, namespace.name())?;
     }
     let listener = std::net::TcpListener::bind(listen)
         .and_then(|listener| listener.set_nonblocking(true).map(|()| listener))
-        .map_err(|source| RelayError::Listen { address: listen, source })?;
+        .map_err(|source| RelayError::Listen {
+            address: listen,
+            source,
+        })?;
     enter(&dial_in, "to dial in")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
@@ -69,7 +82,9 @@ pub fn run(
 async fn serve(listener: TcpListener, target: &str) -> Result<(), RelayError> {
     let slots = std::sync::Arc::new(tokio::sync::Semaphore::new(MOST_CONNECTIONS));
     loop {
-        let Ok(slot) = slots.clone().acquire_owned().await else { return Ok(()) };
+        let Ok(slot) = slots.clone().acquire_owned().await else {
+            return Ok(());
+        };
         let (mut client, from) = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) => {
@@ -92,14 +107,22 @@ async fn serve(listener: TcpListener, target: &str) -> Result<(), RelayError> {
 }
 
 fn own_namespace() -> Result<File, RelayError> {
-    File::open("/proc/self/ns/net").map_err(|source| RelayError::Enter { namespace: "own".into(), source })
+    File::open("/proc/self/ns/net").map_err(|source| RelayError::Enter {
+        namespace: "own".into(),
+        source,
+    })
 }
 
 fn open(namespace: &Namespace) -> Result<File, RelayError> {
-    File::open(namespace.path()).map_err(|source| RelayError::Enter { namespace: namespace.name().into(), source })
+    File::open(namespace.path()).map_err(|source| RelayError::Enter {
+        namespace: namespace.name().into(),
+        source,
+    })
 }
 
 fn enter(namespace: &File, name: &str) -> Result<(), RelayError> {
-    setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET)
-        .map_err(|source| RelayError::Enter { namespace: name.to_owned(), source: source.into() })
+    setns(namespace.as_fd(), CloneFlags::CLONE_NEWNET).map_err(|source| RelayError::Enter {
+        namespace: name.to_owned(),
+        source: source.into(),
+    })
 }

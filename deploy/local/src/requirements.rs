@@ -28,7 +28,11 @@ struct Requirement {
 }
 
 const fn needs(what: &'static str, package: &'static str, purpose: Purpose) -> Requirement {
-    Requirement { what, package, purpose }
+    Requirement {
+        what,
+        package,
+        purpose,
+    }
 }
 
 const REQUIREMENTS: &[Requirement] = &[
@@ -38,7 +42,11 @@ const REQUIREMENTS: &[Requirement] = &[
     needs("tar", "tar", Purpose::Lab),
     needs("cc", "gcc", Purpose::Lab),
     needs("/usr/share/doc/libc6-dev", "libc6-dev", Purpose::Lab),
-    needs("/etc/ssl/certs/ca-certificates.crt", "ca-certificates", Purpose::Lab),
+    needs(
+        "/etc/ssl/certs/ca-certificates.crt",
+        "ca-certificates",
+        Purpose::Lab,
+    ),
     needs("runc", "runc", Purpose::Lab),
     needs("umoci", "umoci", Purpose::Lab),
     needs("skopeo", "skopeo", Purpose::Lab),
@@ -50,40 +58,62 @@ const REQUIREMENTS: &[Requirement] = &[
 ];
 
 /// Comes with the language's own installer, not from apt.
-const TOOLCHAINS: &[(&str, &str)] =
-    &[("cargo", "Rust, by https://rustup.rs"), ("go", "Go 1.26 or newer, from https://go.dev/dl")];
+const TOOLCHAINS: &[(&str, &str)] = &[
+    ("cargo", "Rust, by https://rustup.rs"),
+    ("go", "Go 1.26 or newer, from https://go.dev/dl"),
+];
 
 /// Where programs for root are that a user's search path may leave out.
 const SYSTEM_DIRECTORIES: &[&str] = &["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
 #[derive(Debug, thiserror::Error)]
 pub enum RequirementsError {
-    #[error("not root: a lab makes network namespaces, mounts and eBPF programs. Run it as root, such as with: sudo -E env \"PATH=$PATH\" …")]
+    #[error(
+        "not root: a lab makes network namespaces, mounts and eBPF programs. Run it as root, such as with: sudo -E env \"PATH=$PATH\" …"
+    )]
     NotRoot,
     #[error("this machine has no apt-get; install these first: {0}")]
     NoApt(String),
     #[error("missing: {0}")]
     NoToolchain(String),
     #[error("cannot install {packages}")]
-    Install { packages: String, #[source] source: ToolError },
+    Install {
+        packages: String,
+        #[source]
+        source: ToolError,
+    },
     #[error("installed {package}, but there is still no {what}")]
-    StillMissing { package: &'static str, what: &'static str },
+    StillMissing {
+        package: &'static str,
+        what: &'static str,
+    },
     #[error("this kernel is missing what a lab needs: {0}")]
     Kernel(String),
 }
 
 /// Checks, and installs what is missing. Instant if nothing is.
-pub async fn ensure(purpose: Purpose, search_path: &str, progress: &Progress) -> Result<(), RequirementsError> {
+pub async fn ensure(
+    purpose: Purpose,
+    search_path: &str,
+    progress: &Progress,
+) -> Result<(), RequirementsError> {
     if !nix::unistd::geteuid().is_root() {
         return Err(RequirementsError::NotRoot);
     }
     let has = |what: &str| present(what, search_path);
-    let toolchains: Vec<&str> = TOOLCHAINS.iter().filter(|(what, _)| !has(what)).map(|(_, from)| *from).collect();
+    let toolchains: Vec<&str> = TOOLCHAINS
+        .iter()
+        .filter(|(what, _)| !has(what))
+        .map(|(_, from)| *from)
+        .collect();
     if !toolchains.is_empty() {
         return Err(RequirementsError::NoToolchain(toolchains.join("; ")));
     }
     kernel()?;
-    let missing: Vec<&Requirement> = REQUIREMENTS.iter().filter(|r| r.purpose <= purpose && !has(r.what)).collect();
+    let missing: Vec<&Requirement> = REQUIREMENTS
+        .iter()
+        .filter(|r| r.purpose <= purpose && !has(r.what))
+        .collect();
     if missing.is_empty() {
         return Ok(());
     }
@@ -94,8 +124,15 @@ pub async fn ensure(purpose: Purpose, search_path: &str, progress: &Progress) ->
         return Err(RequirementsError::NoApt(names));
     }
     let step = progress.step(format!("Install {names}"));
-    let failed = |source| RequirementsError::Install { packages: names.clone(), source };
-    let apt = || Tool::new("apt-get").env("DEBIAN_FRONTEND", "noninteractive").limit(Duration::from_secs(600));
+    let failed = |source| RequirementsError::Install {
+        packages: names.clone(),
+        source,
+    };
+    let apt = || {
+        Tool::new("apt-get")
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .limit(Duration::from_secs(600))
+    };
     apt().arg("update").run_showing(&step).await.map_err(failed)?;
     // Where a service would be started, as docker-registry's, it stays off:
     // runlevel 1 is what Debian's invoke-rc.d takes as "not now".
@@ -107,7 +144,10 @@ pub async fn ensure(purpose: Purpose, search_path: &str, progress: &Progress) ->
         .await
         .map_err(failed)?;
     if let Some(absent) = missing.iter().find(|requirement| !has(requirement.what)) {
-        return Err(RequirementsError::StillMissing { package: absent.package, what: absent.what });
+        return Err(RequirementsError::StillMissing {
+            package: absent.package,
+            what: absent.what,
+        });
     }
     step.done();
     Ok(())
@@ -117,16 +157,23 @@ fn present(what: &str, search_path: &str) -> bool {
     if what.starts_with('/') {
         return Path::new(what).exists();
     }
-    search_path.split(':').chain(SYSTEM_DIRECTORIES.iter().copied()).any(|d| Path::new(d).join(what).is_file())
+    search_path
+        .split(':')
+        .chain(SYSTEM_DIRECTORIES.iter().copied())
+        .any(|d| Path::new(d).join(what).is_file())
 }
 
 /// What no package can bring: said at the start rather than found by a failure
 /// in the middle.
 fn kernel() -> Result<(), RequirementsError> {
-    let release = nix::sys::utsname::uname().map(|name| name.release().to_string_lossy().into_owned()).unwrap_or_default();
+    let release = nix::sys::utsname::uname()
+        .map(|name| name.release().to_string_lossy().into_owned())
+        .unwrap_or_default();
     // tcx links came with 6.6.
     if version(&release).is_none_or(|version| version < (6, 6)) {
-        return Err(RequirementsError::Kernel(format!("Linux 6.6 or newer (this is {release})")));
+        return Err(RequirementsError::Kernel(format!(
+            "Linux 6.6 or newer (this is {release})"
+        )));
     }
     Ok(())
 }

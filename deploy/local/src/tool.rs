@@ -20,11 +20,23 @@ use crate::{netns::Namespace, progress::Step};
 #[derive(Debug, thiserror::Error)]
 pub enum ToolError {
     #[error("cannot start {program}")]
-    Start { program: String, #[source] source: std::io::Error },
+    Start {
+        program: String,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("cannot read the output of {program}")]
-    Read { program: String, #[source] source: std::io::Error },
+    Read {
+        program: String,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("{command} failed ({status}): {output}")]
-    Failed { command: String, status: std::process::ExitStatus, output: String },
+    Failed {
+        command: String,
+        status: std::process::ExitStatus,
+        output: String,
+    },
     #[error("{command} did not end within {} s", .limit.as_secs())]
     TimedOut { command: String, limit: Duration },
 }
@@ -44,7 +56,12 @@ const KEPT_LINES: usize = 40;
 
 impl Tool {
     pub fn new(program: impl Into<OsString>) -> Self {
-        Self { argv: vec![program.into()], env: Vec::new(), directory: None, limit: Duration::from_secs(60) }
+        Self {
+            argv: vec![program.into()],
+            env: Vec::new(),
+            directory: None,
+            limit: Duration::from_secs(60),
+        }
     }
 
     /// `line` split at spaces: for fixed commands that stay readable so.
@@ -92,8 +109,14 @@ impl Tool {
     pub async fn run(self) -> Result<String, ToolError> {
         let output = tokio::time::timeout(self.limit, self.command().output())
             .await
-            .map_err(|_| ToolError::TimedOut { command: self.line(), limit: self.limit })?
-            .map_err(|source| ToolError::Start { program: self.program(), source })?;
+            .map_err(|_| ToolError::TimedOut {
+                command: self.line(),
+                limit: self.limit,
+            })?
+            .map_err(|source| ToolError::Start {
+                program: self.program(),
+                source,
+            })?;
         if output.status.success() {
             return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
         }
@@ -112,7 +135,10 @@ impl Tool {
 
     /// Runs a long one, showing its latest line as the step's note.
     pub async fn run_showing(self, step: &Step) -> Result<(), ToolError> {
-        let start = |source| ToolError::Start { program: self.program(), source };
+        let start = |source| ToolError::Start {
+            program: self.program(),
+            source,
+        };
         let mut command = self.command();
         // One pipe for both streams keeps their lines in order.
         let (reader, writer) = std::io::pipe().map_err(start)?;
@@ -139,18 +165,31 @@ impl Tool {
         };
         let status = tokio::time::timeout(self.limit, reading)
             .await
-            .map_err(|_| ToolError::TimedOut { command: self.line(), limit: self.limit })?
-            .map_err(|source| ToolError::Read { program: self.program(), source })?;
+            .map_err(|_| ToolError::TimedOut {
+                command: self.line(),
+                limit: self.limit,
+            })?
+            .map_err(|source| ToolError::Read {
+                program: self.program(),
+                source,
+            })?;
         if status.success() {
             Ok(())
         } else {
-            Err(ToolError::Failed { command: self.line(), status, output: tail(kept) })
+            Err(ToolError::Failed {
+                command: self.line(),
+                status,
+                output: tail(kept),
+            })
         }
     }
 
     fn command(&self) -> Command {
         let mut command = Command::new(&self.argv[0]);
-        command.args(&self.argv[1..]).stdin(Stdio::null()).kill_on_drop(true);
+        command
+            .args(&self.argv[1..])
+            .stdin(Stdio::null())
+            .kill_on_drop(true);
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
         if let Some(directory) = &self.directory {
             command.current_dir(directory);
@@ -180,13 +219,25 @@ mod tests {
 
     #[tokio::test]
     async fn a_failure_names_the_command_and_what_it_said() {
-        let error = Tool::new("sh").args(["-c", "echo out; echo err >&2; exit 3"]).run().await.unwrap_err().to_string();
-        assert!(error.contains("exit 3") && error.contains("out") && error.contains("err"), "{error}");
+        let error = Tool::new("sh")
+            .args(["-c", "echo out; echo err >&2; exit 3"])
+            .run()
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("exit 3") && error.contains("out") && error.contains("err"),
+            "{error}"
+        );
     }
 
     #[tokio::test]
     async fn a_program_that_hangs_is_given_up() {
-        let error = Tool::words("sleep 60").limit(Duration::from_millis(50)).run().await.unwrap_err();
+        let error = Tool::words("sleep 60")
+            .limit(Duration::from_millis(50))
+            .run()
+            .await
+            .unwrap_err();
         assert!(matches!(error, ToolError::TimedOut { .. }), "{error}");
     }
 
@@ -195,11 +246,17 @@ mod tests {
         let progress = Progress::silent();
         let step = progress.step("test");
         let error = Tool::new("sh")
-            .args(["-c", "i=0; while [ $i -lt 500 ]; do i=$((i+1)); echo line $i; done; exit 1"])
+            .args([
+                "-c",
+                "i=0; while [ $i -lt 500 ]; do i=$((i+1)); echo line $i; done; exit 1",
+            ])
             .run_showing(&step)
             .await
             .unwrap_err()
             .to_string();
-        assert!(error.contains("line 500") && !error.contains("line 400\n"), "{error}");
+        assert!(
+            error.contains("line 500") && !error.contains("line 400\n"),
+            "{error}"
+        );
     }
 }

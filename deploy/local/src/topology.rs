@@ -56,7 +56,12 @@ pub enum TopologyError {
     #[error("cannot lay out the network")]
     Tool(#[from] ToolError),
     #[error("cannot set {setting} in {namespace}")]
-    Setting { setting: &'static str, namespace: String, #[source] source: std::io::Error },
+    Setting {
+        setting: &'static str,
+        namespace: String,
+        #[source]
+        source: std::io::Error,
+    },
 }
 
 impl Topology {
@@ -90,7 +95,9 @@ impl Topology {
         }
         self.lab.ip(&format!("link set {BRIDGE} up")).await?;
         for address in [API_SERVER, VIRTUAL_NODE, REGISTRY] {
-            self.lab.ip(&format!("addr replace {address}/24 dev {BRIDGE}")).await?;
+            self.lab
+                .ip(&format!("addr replace {address}/24 dev {BRIDGE}"))
+                .await?;
         }
         forward(&self.lab)?;
         for host in &self.hosts {
@@ -110,15 +117,24 @@ impl Topology {
         let (namespace, name) = (&host.namespace, &host.name);
         namespace.ensure().await?;
         if !namespace.has_device(UPLINK).await {
-            let add = format!("link add {name} type veth peer name {UPLINK} netns {}", namespace.name());
+            let add = format!(
+                "link add {name} type veth peer name {UPLINK} netns {}",
+                namespace.name()
+            );
             self.lab.ip(&add).await?;
         }
-        self.lab.ip(&format!("link set {name} master {BRIDGE} up")).await?;
-        namespace.ip(&format!("addr replace {}/24 dev {UPLINK}", host.address)).await?;
+        self.lab
+            .ip(&format!("link set {name} master {BRIDGE} up"))
+            .await?;
+        namespace
+            .ip(&format!("addr replace {}/24 dev {UPLINK}", host.address))
+            .await?;
         namespace.ip(&format!("link set {UPLINK} up")).await?;
         // The way out ends at the bridge's namespace, which says "unreachable"
         // at once: nothing of a lab talks to the world.
-        namespace.ip(&format!("route replace default via {API_SERVER}")).await?;
+        namespace
+            .ip(&format!("route replace default via {API_SERVER}"))
+            .await?;
         forward(namespace)
     }
 
@@ -130,7 +146,11 @@ impl Topology {
     pub fn host_of(&self, pod: IpAddr) -> Option<&Host> {
         let IpAddr::V4(pod) = pod else { return None };
         self.hosts.iter().find(|host| {
-            let slice = host.pod_range.split('/').next().and_then(|start| start.parse::<Ipv4Addr>().ok());
+            let slice = host
+                .pod_range
+                .split('/')
+                .next()
+                .and_then(|start| start.parse::<Ipv4Addr>().ok());
             slice.is_some_and(|slice| slice.octets()[..3] == pod.octets()[..3])
         })
     }
@@ -143,11 +163,13 @@ impl Topology {
 
 fn forward(namespace: &Namespace) -> Result<(), TopologyError> {
     let setting = "net/ipv4/ip_forward";
-    namespace.set(setting, "1").map_err(|source| TopologyError::Setting {
-        setting,
-        namespace: namespace.name().to_owned(),
-        source,
-    })
+    namespace
+        .set(setting, "1")
+        .map_err(|source| TopologyError::Setting {
+            setting,
+            namespace: namespace.name().to_owned(),
+            source,
+        })
 }
 
 #[cfg(test)]
@@ -157,12 +179,23 @@ mod tests {
     #[test]
     fn each_host_has_its_own_address_and_slice() {
         let topology = Topology::new(&Layout::new("x".parse().unwrap()), 3).unwrap();
-        let told: Vec<_> = topology.hosts.iter().map(|h| format!("{} {} {}", h.name, h.address, h.pod_range)).collect();
+        let told: Vec<_> = topology
+            .hosts
+            .iter()
+            .map(|h| format!("{} {} {}", h.name, h.address, h.pod_range))
+            .collect();
         assert_eq!(
             told,
-            ["host-a 192.0.2.11 10.77.1.0/24", "host-b 192.0.2.12 10.77.2.0/24", "host-c 192.0.2.13 10.77.3.0/24"]
+            [
+                "host-a 192.0.2.11 10.77.1.0/24",
+                "host-b 192.0.2.12 10.77.2.0/24",
+                "host-c 192.0.2.13 10.77.3.0/24"
+            ]
         );
-        assert_eq!(topology.host_of("10.77.2.9".parse().unwrap()).unwrap().name, "host-b");
+        assert_eq!(
+            topology.host_of("10.77.2.9".parse().unwrap()).unwrap().name,
+            "host-b"
+        );
         assert_eq!(topology.host_of("10.77.9.9".parse().unwrap()), None);
     }
 
