@@ -4,27 +4,29 @@
 //! brought.
 
 use std::{
-    fmt::Debug,
+    net::Ipv4Addr,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
+use base64::{Engine, prelude::BASE64_STANDARD};
 use k8s_openapi::{
     ByteString,
     api::{
         certificates::v1::{CertificateSigningRequest, CertificateSigningRequestSpec},
-        core::v1::{Node, ServiceAccount},
+        core::v1::{ConfigMap, Node, ServiceAccount},
     },
 };
 use kube::{
     Api, Client, Config, ResourceExt,
-    api::{ApiResource, DynamicObject, ListParams, Patch, PatchParams, PostParams},
-    config::{KubeConfigOptions, Kubeconfig},
-    core::GroupVersionKind,
+    api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams},
+    config::{AuthInfo, KubeConfigOptions, Kubeconfig},
+    core::{GroupVersionKind, ObjectMeta},
 };
 use serde_json::json;
 
 use crate::{
+    control_plane::Endpoint,
     file::{self, Mode},
     pki::{Credential, PkiError, Subject},
 };
@@ -37,6 +39,12 @@ pub enum ClusterError {
         #[source]
         source: kube::config::KubeconfigError,
     },
+    #[error("the kubeconfig's server {0:?} has no host")]
+    Url(String),
+    #[error(
+        "the kubeconfig does not verify its API server; a node's credentials are not sent to just anybody"
+    )]
+    Unverified,
     #[error("cannot make a client")]
     Client(#[source] kube::Error),
     #[error("the API server refused to {action}")]
@@ -59,6 +67,10 @@ pub enum ClusterError {
     },
     #[error("manifest {name} holds an object without apiVersion, kind or name")]
     Nameless { name: String },
+    #[error(
+        "the API server publishes no authority for client certificates, which the node's API is to believe"
+    )]
+    NoClientAuthority,
     #[error("cannot make the node's request for a certificate")]
     Pki(#[from] PkiError),
     #[error("the request {name} for the node's certificate was refused: {reason}")]
@@ -77,6 +89,19 @@ const POLL: Duration = Duration::from_millis(50);
 #[derive(Clone)]
 pub struct Cluster {
     client: Client,
+    config: Config,
+}
+
+/// What a certificate is asked for with.
+#[derive(Clone, Debug)]
+pub struct SigningRequest<'a> {
+    /// Of the request object.
+    pub name: &'a str,
+    /// Such as `kubernetes.io/kubelet-serving`.
+    pub signer: &'a str,
+    /// `client auth` or `server auth`.
+    pub usage: &'a str,
+    pub subject: Subject,
 }
 
 impl Cluster {
@@ -86,11 +111,62 @@ impl Cluster {
             source,
         };
         let read = Kubeconfig::read_from(kubeconfig).map_err(wrong)?;
-        let config = Config::from_custom_kubeconfig(read, &KubeConfigOptions::default())
-            .await
-            .map_err(wrong)?;
-        Ok(Self {
-            client: Client::try_from(config).map_err(ClusterError::Client)?,
+        Self::new(
+            Config::from_custom_kubeconfig(read, &KubeConfigOptions::default())
+                .await
+                .map_err(wrong)?,
+        )
+    }
+
+    fn new(config: Config) -> Result<Self, ClusterError> {
+        let client = Client::try_from(config.clone()).map_err(ClusterError::Client)?;
+        Ok(Self { client, config })
+    }
+
+    /// How its API server is reached, and how it proves itself.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// `HOST:PORT` of its API server.
+    pub fn authority(&self) -> Result<String, ClusterError> {
+        let url = &self.config.cluster_url;
+        let host = url.host().ok_or_else(|| ClusterError::Url(url.to_string()))?;
+        let port = url.port_u16().unwrap_or(443);
+        Ok(format!("{host}:{port}"))
+    }
+
+    /// The API server as a relay at the address makes it reachable: it still
+    /// has to prove that it is the one the kubeconfig names.
+    pub fn endpoint_by_way_of(&self, address: Ipv4Addr, port: u16) -> Result<Endpoint, ClusterError> {
+        let config = &self.config;
+        if config.accept_invalid_certs || config.cluster_url.scheme_str() != Some("https") {
+            return Err(ClusterError::Unverified);
+        }
+        let host = config
+            .cluster_url
+            .host()
+            .ok_or_else(|| ClusterError::Url(config.cluster_url.to_string()))?;
+        let pem = |der: &Vec<u8>| {
+            let text = BASE64_STANDARD.encode(der);
+            let lines = text
+                .as_bytes()
+                .chunks(64)
+                .map(String::from_utf8_lossy)
+                .collect::<Vec<_>>()
+                .join("\n");
+            format!("-----BEGIN CERTIFICATE-----\n{lines}\n-----END CERTIFICATE-----\n")
+        };
+        Ok(Endpoint {
+            url: format!(
+                "https://{address}:{port}{}",
+                config.cluster_url.path().trim_end_matches('/')
+            ),
+            authority: config
+                .root_cert
+                .as_ref()
+                .map(|chain| chain.iter().map(pem).collect()),
+            server_name: Some(config.tls_server_name.clone().unwrap_or_else(|| host.to_owned())),
         })
     }
 
@@ -158,66 +234,85 @@ impl Cluster {
         Ok(())
     }
 
-    /// A client certificate for the node, by a signing request that is approved
-    /// at once; then the user in it is `system:node:NODE` of `system:nodes`,
-    /// whom the node authorizer lets see only what concerns its pods. Kept in
-    /// `directory`, and used again while it is there.
-    pub async fn node_credential(&self, node: &str, directory: &Path) -> Result<Credential, ClusterError> {
-        let files = Credential {
-            certificate: directory.join("node.crt"),
-            key: directory.join("node.key"),
+    /// The same API server, asked as another user.
+    pub fn as_user(&self, credential: &Credential) -> Result<Self, ClusterError> {
+        let mut config = self.config.clone();
+        let text = |path: &Path| Some(path.display().to_string());
+        config.auth_info = AuthInfo {
+            client_certificate: text(&credential.certificate),
+            client_key: text(&credential.key),
+            ..AuthInfo::default()
         };
+        Self::new(config)
+    }
+
+    /// The authority of those whom the API server believes by certificate, as
+    /// it publishes it for its extensions; PEM.
+    pub async fn client_authority(&self) -> Result<String, ClusterError> {
+        let published = "extension-apiserver-authentication";
+        let maps: Api<ConfigMap> = Api::namespaced(self.client(), "kube-system");
+        let map = maps
+            .get(published)
+            .await
+            .map_err(|source| ClusterError::Request {
+                action: format!("get the ConfigMap kube-system/{published}"),
+                source,
+            })?;
+        let authority = map.data.and_then(|mut data| data.remove("client-ca-file"));
+        authority.ok_or(ClusterError::NoClientAuthority)
+    }
+
+    /// A certificate that the cluster signs: requested as the user of this
+    /// client, approved at once by `approver`. Kept in the files, and taken
+    /// from there while they last.
+    pub async fn sign(
+        &self,
+        approver: &Cluster,
+        request: &SigningRequest<'_>,
+        files: Credential,
+    ) -> Result<Credential, ClusterError> {
         if files.certificate.exists() {
             return Ok(files);
         }
-        let user = node_user(node);
-        let subject = Subject {
-            common_name: user.clone(),
-            organization: Some("system:nodes".into()),
-            ..Subject::default()
-        };
-        let (request, key) = subject.request()?;
-        let name = format!("{node}-client");
-        let requests: Api<CertificateSigningRequest> = Api::all(self.client());
+        let (pem, key) = request.subject.request()?;
+        let name = request.name;
         let refused = |action: &str| {
             let action = format!("{action} the certificate request {name}");
             move |source| ClusterError::Request { action, source }
         };
+        let approving: Api<CertificateSigningRequest> = Api::all(approver.client());
         // One of an earlier run was for a key that is lost.
-        match requests.delete(&name, &Default::default()).await {
+        match approving.delete(name, &DeleteParams::default()).await {
             Ok(_) => {}
             Err(kube::Error::Api(status)) if status.code == 404 => {}
             Err(source) => return Err(refused("delete")(source)),
         }
-        let request = CertificateSigningRequest {
-            metadata: kube::core::ObjectMeta {
-                name: Some(name.clone()),
-                ..Default::default()
+        let object = CertificateSigningRequest {
+            metadata: ObjectMeta {
+                name: Some(name.to_owned()),
+                ..ObjectMeta::default()
             },
             spec: CertificateSigningRequestSpec {
-                request: ByteString(request.into_bytes()),
-                signer_name: "kubernetes.io/kube-apiserver-client-kubelet".into(),
-                usages: Some(vec!["digital signature".into(), "client auth".into()]),
-                ..Default::default()
+                request: ByteString(pem.into_bytes()),
+                signer_name: request.signer.to_owned(),
+                usages: Some(vec!["digital signature".into(), request.usage.to_owned()]),
+                ..CertificateSigningRequestSpec::default()
             },
             status: None,
         };
+        let requests: Api<CertificateSigningRequest> = Api::all(self.client());
         requests
-            .create(&PostParams::default(), &request)
+            .create(&PostParams::default(), &object)
             .await
             .map_err(refused("create"))?;
-        self.approve(&name).await?;
-        let certificate = self.certificate(&requests, &name).await?;
+        approver.approve(name).await?;
+        let certificate = approver.certificate(&approving, name).await?;
         let write = |path: &Path, content: &[u8]| {
             file::write(path, content, Mode::Private).map_err(|source| ClusterError::File {
                 path: path.to_owned(),
                 source,
             })
         };
-        std::fs::create_dir_all(directory).map_err(|source| ClusterError::File {
-            path: directory.to_owned(),
-            source,
-        })?;
         write(&files.key, key.as_bytes())?;
         write(&files.certificate, &certificate)?;
         Ok(files)
@@ -259,34 +354,6 @@ impl Cluster {
         }
     }
 
-    /// Approves the node's own requests for the certificate its kubelet API
-    /// serves with. Kubernetes leaves these to an operator.
-    pub async fn approve_serving(&self, node: &str) -> Result<usize, ClusterError> {
-        let requests: Api<CertificateSigningRequest> = Api::all(self.client());
-        let selected = ListParams::default().fields("spec.signerName=kubernetes.io/kubelet-serving");
-        let listed = requests
-            .list(&selected)
-            .await
-            .map_err(|source| ClusterError::Request {
-                action: "list certificate requests".into(),
-                source,
-            })?;
-        let user = node_user(node);
-        let mut approved = 0;
-        for request in listed {
-            let decided = request
-                .status
-                .as_ref()
-                .and_then(|s| s.conditions.as_ref())
-                .is_some_and(|c| !c.is_empty());
-            if !decided && request.spec.username.as_deref() == Some(&user) {
-                self.approve(&request.name_any()).await?;
-                approved += 1;
-            }
-        }
-        Ok(approved)
-    }
-
     async fn approve(&self, name: &str) -> Result<(), ClusterError> {
         let requests: Api<CertificateSigningRequest> = Api::all(self.client());
         let approval = json!({"status": {"conditions": [{
@@ -308,11 +375,10 @@ impl Cluster {
             })
     }
 
-    /// Waits until the node is Ready, approving what it asks for meanwhile.
+    /// Waits until the node is Ready.
     pub async fn wait_node(&self, node: &str, limit: Duration) -> Result<(), ClusterError> {
         let nodes: Api<Node> = Api::all(self.client());
         wait(&format!("node {node} being Ready"), limit, async || {
-            self.approve_serving(node).await.map_err(|e| e.to_string())?;
             let found = nodes
                 .get_opt(node)
                 .await
@@ -353,10 +419,6 @@ pub async fn wait<T>(
             Err(_) => tokio::time::sleep(POLL).await,
         }
     }
-}
-
-fn node_user(node: &str) -> String {
-    format!("system:node:{node}")
 }
 
 fn http_get(path: &str) -> Result<http::Request<Vec<u8>>, http::Error> {

@@ -92,11 +92,11 @@ impl ControlPlane {
             .arg("--allow-privileged")
             .ready_when(Ready::Accepts((API_SERVER, API_SERVER_PORT).into()));
 
-        let server = format!("https://{API_SERVER}:{API_SERVER_PORT}");
+        let endpoint = Self::inside(&authority)?;
         let controller = |name: &str| -> Result<Component, ControlPlaneError> {
             let credential = issue(&format!("system:{name}"), None)?;
             let kubeconfig = directory.join(format!("{name}.kubeconfig"));
-            write_kubeconfig(&kubeconfig, &server, &ca, &credential)?;
+            write_kubeconfig(&kubeconfig, &endpoint, &credential)?;
             Ok(run(name)
                 .path_flag("kubeconfig", &kubeconfig)
                 .path_flag("authentication-kubeconfig", &kubeconfig)
@@ -118,6 +118,19 @@ impl ControlPlane {
             controllers: [manager, scheduler],
             authority,
             admin,
+        })
+    }
+
+    /// How it is reached from the lab's namespaces.
+    pub fn endpoint(&self) -> Result<Endpoint, ControlPlaneError> {
+        Self::inside(&self.authority)
+    }
+
+    fn inside(authority: &Authority) -> Result<Endpoint, ControlPlaneError> {
+        Ok(Endpoint {
+            url: format!("https://{API_SERVER}:{API_SERVER_PORT}"),
+            authority: Some(authority.pem()?),
+            server_name: None,
         })
     }
 
@@ -154,11 +167,20 @@ pub enum ControlPlaneError {
     Kubeconfig(#[from] KubeconfigError),
 }
 
+/// How an API server is reached.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    pub url: String,
+    /// PEM; `None`: the public authorities.
+    pub authority: Option<String>,
+    /// What its certificate says where that is not the URL's host.
+    pub server_name: Option<String>,
+}
+
 /// Writes a kubeconfig that holds its certificates, so that it can be copied.
 pub fn write_kubeconfig(
     path: &Path,
-    server: &str,
-    ca: &Path,
+    endpoint: &Endpoint,
     credential: &Credential,
 ) -> Result<(), KubeconfigError> {
     let read = |path: &Path| {
@@ -169,15 +191,23 @@ pub fn write_kubeconfig(
                 source,
             })
     };
+    let mut cluster = format!("    server: {}\n", endpoint.url);
+    if let Some(authority) = &endpoint.authority {
+        cluster += &format!(
+            "    certificate-authority-data: {}\n",
+            BASE64_STANDARD.encode(authority)
+        );
+    }
+    if let Some(name) = &endpoint.server_name {
+        cluster += &format!("    tls-server-name: {name}\n");
+    }
     let text = format!(
         "apiVersion: v1
 kind: Config
 clusters:
 - name: spindrift
   cluster:
-    server: {server}
-    certificate-authority-data: {ca}
-users:
+{cluster}users:
 - name: spindrift
   user:
     client-certificate-data: {certificate}
@@ -189,7 +219,6 @@ contexts:
     user: spindrift
 current-context: spindrift
 ",
-        ca = read(ca)?,
         certificate = read(&credential.certificate)?,
         key = read(&credential.key)?,
     );

@@ -20,16 +20,18 @@ use crate::{
     cluster::{Cluster, ClusterError},
     component::{Component, ComponentError, Ready},
     containerd::{self, ContainerdError, Runtime},
-    control_plane::{ControlPlane, ControlPlaneError, write_kubeconfig},
+    control_plane::{ControlPlane, ControlPlaneError, Endpoint, write_kubeconfig},
     file::{self, Mode},
     images::Images,
     instance::{InstanceName, Layout},
     netns::Namespace,
+    node::{self, NodeError},
+    pool::{self, PoolError, PoolPki},
     process::{self, Process},
     progress::Progress,
     relay,
     tool::ToolError,
-    topology::{API_SERVER, API_SERVER_PORT, Topology, TopologyError},
+    topology::{API_SERVER, API_SERVER_PORT, Topology, TopologyError, VIRTUAL_NODE},
 };
 
 /// What a lab is to be.
@@ -40,6 +42,7 @@ pub struct Options {
     pub hosts: usize,
     pub profile: Profile,
     pub build: Build,
+    pub extent: Extent,
     pub cluster: ClusterSource,
     /// Where built things are kept between runs.
     pub cache: PathBuf,
@@ -53,6 +56,7 @@ impl Options {
             hosts: 2,
             profile: Profile::Dev,
             build: Build::Taken,
+            extent: Extent::Whole,
             cluster: ClusterSource::Made,
             cache,
         }
@@ -66,6 +70,17 @@ pub enum Build {
     Made,
     /// They were built already, as tests are together with them.
     Taken,
+}
+
+/// How much of a lab is started: parts can be tried, and measured beside
+/// others, on their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Extent {
+    ControlPlane,
+    /// Also a containerd on each host, with the images.
+    Runtimes,
+    /// Also the agents and the virtual node.
+    Whole,
 }
 
 /// Whose API server.
@@ -115,6 +130,10 @@ pub enum LabError {
     #[error(transparent)]
     Containerd(#[from] ContainerdError),
     #[error(transparent)]
+    Pool(#[from] PoolError),
+    #[error(transparent)]
+    Node(#[from] NodeError),
+    #[error(transparent)]
     Cluster(#[from] ClusterError),
     #[error("cannot remove a namespace")]
     Namespace(#[source] ToolError),
@@ -162,9 +181,24 @@ impl Lab {
             .iter()
             .map(|host| Runtime::new(&layout, host, &containerd))
             .collect();
-        let cluster = make_cluster(&layout, &record, &topology, &devcluster, &programs, progress);
-        let hosts = start_hosts(&layout, &runtimes, &images, &programs, progress);
-        let (cluster, ()) = tokio::try_join!(cluster, hosts)?;
+        let site = Site {
+            layout: &layout,
+            topology: &topology,
+            record: &record,
+            programs: &programs,
+            progress,
+        };
+        let hosts = site.start_hosts(&runtimes, &images, options.extent);
+        let ((cluster, endpoint, address), ()) = match &record.cluster {
+            ClusterSource::Made => tokio::try_join!(site.make_cluster(&devcluster), hosts)?,
+            ClusterSource::Joined {
+                kubeconfig,
+                node_address,
+            } => tokio::try_join!(site.reach_cluster(kubeconfig, *node_address), hosts)?,
+        };
+        if options.extent == Extent::Whole {
+            site.start_node(&cluster, &endpoint, address).await?;
+        }
         Ok(Self {
             layout,
             topology,
@@ -256,75 +290,160 @@ impl Record {
     }
 }
 
-async fn make_cluster(
-    layout: &Layout,
-    record: &Record,
-    topology: &Topology,
-    devcluster: &Path,
-    programs: &Spindrift,
-    progress: &Progress,
-) -> Result<Cluster, LabError> {
-    let step = progress.step("Start the Kubernetes control plane");
-    let plane = ControlPlane::new(layout, &topology.lab, devcluster)?;
-    step.note("etcd");
-    plane.etcd.start(layout, START).await?;
-    step.note("API server");
-    plane.api_server.start(layout, START).await?;
-    let listen = SocketAddr::from(([127, 0, 0, 1], record.relay_port));
-    let relay = Component::new("relay", programs.program("spindrift-local")?)
-        .arg("relay")
-        .flag("listen", listen)
-        .flag("dial-in", topology.lab.name())
-        .flag("target", format_args!("{API_SERVER}:{API_SERVER_PORT}"))
-        .ready_when(Ready::Accepts(listen));
-    relay.start(layout, START).await?;
-    let server = format!("https://{listen}");
-    write_kubeconfig(
-        &layout.kubeconfig(),
-        &server,
-        &plane.authority.certificate(),
-        &plane.admin,
-    )
-    .map_err(ControlPlaneError::from)?;
-    link_kubectl(layout, devcluster)?;
-    let cluster = Cluster::connect(&layout.kubeconfig()).await?;
-    cluster.wait_ready(START).await?;
-    step.note("controllers");
-    for controller in &plane.controllers {
-        controller.start(layout, START).await?;
-    }
-    cluster.wait_service_account("default", START).await?;
-    step.done();
-    Ok(cluster)
+/// What the steps of `up` share.
+struct Site<'a> {
+    layout: &'a Layout,
+    topology: &'a Topology,
+    record: &'a Record,
+    programs: &'a Spindrift,
+    progress: &'a Progress,
 }
 
-/// The multi-call binary is kubectl under that name.
-fn link_kubectl(layout: &Layout, devcluster: &Path) -> Result<(), LabError> {
-    let link = layout.bin().join("kubectl");
-    std::fs::create_dir_all(layout.bin())
-        .and_then(|()| file::remove(&link))
-        .and_then(|()| std::os::unix::fs::symlink(devcluster, &link))
-        .map_err(|source| LabError::File { path: link, source })
-}
+/// A cluster, how its API server is reached from inside the lab, and the
+/// address by which it reaches the node.
+type Reached = (Cluster, Endpoint, Ipv4Addr);
 
-async fn start_hosts(
-    layout: &Layout,
-    runtimes: &[Runtime],
-    images: &Images,
-    programs: &Spindrift,
-    progress: &Progress,
-) -> Result<(), LabError> {
-    let step = progress.step("Start containerd on each host");
-    let plugin = programs.program("spindrift-cni")?;
-    for runtime in runtimes {
-        let component = runtime.component(&plugin)?;
-        step.note(&component.name);
-        component.start(layout, START).await?;
-        step.note("import images");
-        runtime.import(images).await?;
+impl Site<'_> {
+    async fn make_cluster(&self, devcluster: &Path) -> Result<Reached, LabError> {
+        let layout = self.layout;
+        let step = self.progress.step("Start the Kubernetes control plane");
+        let plane = ControlPlane::new(layout, &self.topology.lab, devcluster)?;
+        step.note("etcd");
+        plane.etcd.start(layout, START).await?;
+        step.note("API server");
+        plane.api_server.start(layout, START).await?;
+        let listen = SocketAddr::from(([127, 0, 0, 1], self.record.relay_port));
+        let relay = self
+            .relay("relay")?
+            .flag("listen", listen)
+            .flag("dial-in", self.topology.lab.name())
+            .flag("target", format_args!("{API_SERVER}:{API_SERVER_PORT}"))
+            .ready_when(Ready::Accepts(listen));
+        relay.start(layout, START).await?;
+        let inside = plane.endpoint()?;
+        let outside = Endpoint {
+            url: format!("https://{listen}"),
+            ..inside.clone()
+        };
+        write_kubeconfig(&layout.kubeconfig(), &outside, &plane.admin).map_err(ControlPlaneError::from)?;
+        self.link_kubectl(devcluster)?;
+        let cluster = Cluster::connect(&layout.kubeconfig()).await?;
+        cluster.wait_ready(START).await?;
+        step.note("controllers");
+        for controller in &plane.controllers {
+            controller.start(layout, START).await?;
+        }
+        cluster.wait_service_account("default", START).await?;
+        step.done();
+        Ok((cluster, inside, VIRTUAL_NODE))
     }
-    step.done();
-    Ok(())
+
+    /// Lets the lab in on a cluster that the user has. The API server is dialled
+    /// from the machine's namespace, on behalf of the virtual node and of pods.
+    async fn reach_cluster(
+        &self,
+        kubeconfig: &Path,
+        node_address: Option<Ipv4Addr>,
+    ) -> Result<Reached, LabError> {
+        let (layout, lab) = (self.layout, &self.topology.lab);
+        let step = self.progress.step("Reach your cluster");
+        let cluster = Cluster::connect(kubeconfig).await?;
+        cluster.wait_ready(START).await?;
+        let endpoint = cluster.endpoint_by_way_of(API_SERVER, API_SERVER_PORT)?;
+        let listen = SocketAddr::from((API_SERVER, API_SERVER_PORT));
+        let relay = self
+            .relay("relay")?
+            .flag("listen", listen)
+            .flag("listen-in", lab.name())
+            .flag("target", cluster.authority()?);
+        // Asked in the namespace it listens in, not in the one it started in.
+        relay.start(layout, START).await?;
+        if let Some(address) = node_address {
+            let listen = SocketAddr::from((address, node::KUBELET_PORT));
+            let relay = self
+                .relay("relay-kubelet")?
+                .flag("listen", listen)
+                .flag("dial-in", lab.name())
+                .flag("target", format_args!("{VIRTUAL_NODE}:{}", node::KUBELET_PORT))
+                .ready_when(Ready::Accepts(listen));
+            relay.start(layout, START).await?;
+        }
+        // The user's own, under the name that everything else looks for.
+        let content = std::fs::read(kubeconfig).map_err(|source| LabError::File {
+            path: kubeconfig.to_owned(),
+            source,
+        })?;
+        file::write(&layout.kubeconfig(), content, Mode::Private).map_err(|source| LabError::File {
+            path: layout.kubeconfig(),
+            source,
+        })?;
+        step.done();
+        Ok((cluster, endpoint, node_address.unwrap_or(VIRTUAL_NODE)))
+    }
+
+    fn relay(&self, name: &str) -> Result<Component, LabError> {
+        Ok(Component::new(name, self.programs.program("spindrift-local")?).arg("relay"))
+    }
+
+    /// The multi-call binary is kubectl under that name.
+    fn link_kubectl(&self, devcluster: &Path) -> Result<(), LabError> {
+        let link = self.layout.bin().join("kubectl");
+        std::fs::create_dir_all(self.layout.bin())
+            .and_then(|()| file::remove(&link))
+            .and_then(|()| std::os::unix::fs::symlink(devcluster, &link))
+            .map_err(|source| LabError::File { path: link, source })
+    }
+
+    async fn start_hosts(
+        &self,
+        runtimes: &[Runtime],
+        images: &Images,
+        extent: Extent,
+    ) -> Result<(), LabError> {
+        if extent < Extent::Runtimes {
+            return Ok(());
+        }
+        let step = self.progress.step("Start the pool's hosts");
+        let plugin = self.programs.program("spindrift-cni")?;
+        let pki = PoolPki::open(self.layout).map_err(PoolError::from)?;
+        let start = runtimes.iter().map(async |runtime| -> Result<(), LabError> {
+            runtime.component(&plugin)?.start(self.layout, START).await?;
+            runtime.import(images).await?;
+            pool::agent(self.layout, runtime, &pki, self.programs)?
+                .start(self.layout, START)
+                .await?;
+            Ok(())
+        });
+        futures::future::try_join_all(start).await?;
+        step.done();
+        Ok(())
+    }
+
+    async fn start_node(
+        &self,
+        cluster: &Cluster,
+        endpoint: &Endpoint,
+        address: Ipv4Addr,
+    ) -> Result<(), LabError> {
+        let step = self
+            .progress
+            .step(format!("Start the virtual node {}", self.layout.node_name()));
+        step.note("certificates");
+        let node = node::join(
+            self.layout,
+            self.topology,
+            cluster,
+            endpoint,
+            address,
+            self.programs,
+        )
+        .await?;
+        node.start(self.layout, START).await?;
+        step.note("waiting until it is Ready");
+        cluster.wait_node(&self.layout.node_name(), START).await?;
+        step.done();
+        Ok(())
+    }
 }
 
 /// Removes the instance and everything it has made. One that is not there, or

@@ -10,7 +10,7 @@ use spindrift_local::{
     cache::Cache,
     component::Component,
     instance::InstanceName,
-    lab::{self, Build, ClusterSource},
+    lab::{self, Build, ClusterSource, Extent},
     netns::Namespace,
     relay,
     requirements::{self, Purpose},
@@ -120,6 +120,10 @@ struct Up {
     hosts: usize,
     #[command(flatten)]
     environment: Environment,
+    /// How much of it: control-plane, runtimes (also containerd on each host)
+    /// or whole
+    #[arg(long, default_value = "whole")]
+    extent: Extent,
     /// Run debug builds
     #[arg(long)]
     dev: bool,
@@ -193,6 +197,7 @@ async fn make(up: Up) -> anyhow::Result<()> {
         hosts: up.hosts,
         profile: if up.dev { Profile::Dev } else { Profile::Release },
         build: if up.no_build { Build::Taken } else { Build::Made },
+        extent: up.extent,
         cluster: ClusterSource::Made,
         cache: up.environment.cache()?,
     };

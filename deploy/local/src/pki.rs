@@ -101,6 +101,10 @@ impl Authority {
         self.directory.join("ca.crt")
     }
 
+    pub fn pem(&self) -> Result<String, PkiError> {
+        read(&self.certificate())
+    }
+
     pub fn key(&self) -> PathBuf {
         self.directory.join("ca.key")
     }

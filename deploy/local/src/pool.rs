@@ -1,0 +1,193 @@
+//! The pool: its own certificate authority, and an agent on each host.
+//!
+//! An operator of a real pool does what is done here: a certificate for each
+//! host and one for each tenant's virtual node, a bpffs directory, and the
+//! agent's configuration file.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use nix::mount::{MsFlags, mount};
+use serde::Serialize;
+
+use crate::{
+    artifacts::{ArtifactError, Spindrift},
+    component::{Component, Ready},
+    containerd::Runtime,
+    file::{self, Mode},
+    instance::Layout,
+    pki::{Authority, Credential, PkiError, Subject},
+    topology::{Host, UPLINK},
+};
+
+pub const TRUST_DOMAIN: &str = "pool.spindrift";
+const AGENT_PORT: u16 = 7443;
+/// On the host's own loopback.
+pub const AGENT_METRICS: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9464);
+
+#[derive(Debug, thiserror::Error)]
+pub enum PoolError {
+    #[error("cannot make the pool's credentials")]
+    Pki(#[from] PkiError),
+    #[error("cannot write {}", .path.display())]
+    File {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("cannot mount a bpffs at {}", .path.display())]
+    Bpffs {
+        path: PathBuf,
+        #[source]
+        source: nix::Error,
+    },
+    #[error("cannot write the configuration of {agent}")]
+    Config {
+        agent: String,
+        #[source]
+        source: toml::ser::Error,
+    },
+    #[error(transparent)]
+    Artifact(#[from] ArtifactError),
+}
+
+/// The pool's certificates.
+pub struct PoolPki {
+    authority: Authority,
+}
+
+/// Paths as both sides' configuration files name them.
+#[derive(Clone, Debug, Serialize)]
+pub struct PoolTls {
+    pub trust_domain: String,
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+    pub ca: PathBuf,
+}
+
+impl PoolPki {
+    pub fn open(layout: &Layout) -> Result<Self, PkiError> {
+        Ok(Self {
+            authority: Authority::open(layout.pki().join("pool"), "spindrift pool")?,
+        })
+    }
+
+    pub fn host(&self, host: &Host) -> Result<PoolTls, PkiError> {
+        let uri = format!("spiffe://{TRUST_DOMAIN}/host/{}", host.name);
+        let subject = Subject {
+            common_name: host.name.clone(),
+            addresses: vec![host.address.into()],
+            uri: Some(uri),
+            ..Subject::default()
+        };
+        Ok(self.tls(self.authority.credential(&host.name, &subject)?))
+    }
+
+    pub fn virtual_node(&self, tenant: &str) -> Result<PoolTls, PkiError> {
+        let uri = format!("spiffe://{TRUST_DOMAIN}/tenant/{tenant}/virtual-node");
+        let subject = Subject {
+            common_name: format!("virtual-node {tenant}"),
+            uri: Some(uri),
+            ..Subject::default()
+        };
+        Ok(self.tls(self.authority.credential(&format!("tenant-{tenant}"), &subject)?))
+    }
+
+    fn tls(&self, credential: Credential) -> PoolTls {
+        PoolTls {
+            trust_domain: TRUST_DOMAIN.into(),
+            certificate: credential.certificate,
+            key: credential.key,
+            ca: self.authority.certificate(),
+        }
+    }
+}
+
+pub fn agent_address(host: &Host) -> SocketAddr {
+    (host.address, AGENT_PORT).into()
+}
+
+pub fn agent_name(host: &Host) -> String {
+    format!("pool-agent@{}", host.name)
+}
+
+/// pool-agent's configuration file.
+#[derive(Serialize)]
+struct AgentConfig {
+    name: String,
+    address: std::net::Ipv4Addr,
+    listen: SocketAddr,
+    metrics_listen: SocketAddr,
+    state_dir: PathBuf,
+    run_dir: PathBuf,
+    bpffs: PathBuf,
+    cni_socket: PathBuf,
+    containerd_socket: PathBuf,
+    uplink: String,
+    tls: PoolTls,
+}
+
+/// Prepares the host for its agent and tells what to run.
+pub fn agent(
+    layout: &Layout,
+    runtime: &Runtime,
+    pki: &PoolPki,
+    programs: &Spindrift,
+) -> Result<Component, PoolError> {
+    let host = runtime.host();
+    let state = layout.host_state(&host.name);
+    let config = AgentConfig {
+        name: host.name.clone(),
+        address: host.address,
+        listen: agent_address(host),
+        metrics_listen: AGENT_METRICS,
+        state_dir: layout.host_data(&host.name).join("agent"),
+        run_dir: state.join("agent"),
+        bpffs: state.join("bpf"),
+        cni_socket: runtime.cni_socket(),
+        containerd_socket: runtime.socket(),
+        uplink: UPLINK.into(),
+        tls: pki.host(host)?,
+    };
+    for directory in [&config.state_dir, &config.run_dir, &config.bpffs] {
+        std::fs::create_dir_all(directory).map_err(|source| PoolError::File {
+            path: directory.clone(),
+            source,
+        })?;
+    }
+    mount_bpffs(&config.bpffs)?;
+    let text = toml::to_string(&config).map_err(|source| PoolError::Config {
+        agent: agent_name(host),
+        source,
+    })?;
+    let path = state.join("pool-agent.toml");
+    file::write(&path, text, Mode::Public).map_err(|source| PoolError::File {
+        path: path.clone(),
+        source,
+    })?;
+    Ok(Component::new(agent_name(host), programs.program("pool-agent")?)
+        .within(&host.namespace)
+        .path_flag("config", &path)
+        .input(path)
+        .ready_when(Ready::Accepts(config.listen)))
+}
+
+/// One of the host's own, so that two hosts on a machine do not meet in
+/// `/sys/fs/bpf`; what is pinned there goes when it is unmounted.
+fn mount_bpffs(path: &std::path::Path) -> Result<(), PoolError> {
+    const BPF_FS_MAGIC: i64 = 0xcafe_4a11;
+    if nix::sys::statfs::statfs(path).is_ok_and(|fs| fs.filesystem_type().0 == BPF_FS_MAGIC) {
+        return Ok(());
+    }
+    mount(
+        Some("bpf"),
+        path,
+        Some("bpf"),
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+        Some("mode=0700"),
+    )
+    .map_err(|source| PoolError::Bpffs {
+        path: path.to_owned(),
+        source,
+    })
+}
