@@ -7,7 +7,7 @@
 use std::{
     fs::File,
     io,
-    os::fd::{AsFd, AsRawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -19,6 +19,12 @@ use nix::sched::{CloneFlags, setns};
 pub struct Netns {
     file: Arc<File>,
     path: PathBuf,
+}
+
+impl AsFd for Netns {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
 }
 
 impl Netns {
@@ -33,6 +39,12 @@ impl Netns {
 
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Moves this thread into the namespace for good. For a thread of its own;
+    /// never one of an executor, whose other tasks would be moved along.
+    pub fn stay(&self) -> io::Result<()> {
+        Ok(setns(self.file.as_fd(), CloneFlags::CLONE_NEWNET)?)
     }
 
     /// Runs `f` with this thread in the namespace, and steps back. `f` must not

@@ -12,8 +12,6 @@ use std::{
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::netns::Netns;
-
 /// Connections the kernel completes before the proxy accepts them, for each
 /// listener; a burst beyond it waits for the client's SYN retry.
 const BACKLOG: i32 = 4096;
@@ -37,25 +35,19 @@ pub struct Listeners {
 }
 
 #[derive(Debug, thiserror::Error)]
-#[error("cannot open the {name} listener in {netns}")]
+#[error("cannot open the {name} listener")]
 pub struct OpenListenerError {
     name: &'static str,
-    netns: String,
     source: io::Error,
 }
 
 impl Listeners {
-    /// Opens all of them in `router`. Ports are the kernel's choice, so an old
-    /// and a new process can hold theirs at the same time.
-    pub fn open(router: &Netns) -> Result<Self, OpenListenerError> {
+    /// Opens all of them in the namespace the calling thread stands in. Ports
+    /// are the kernel's choice, so an old and a new process can hold theirs at
+    /// the same time.
+    pub(super) fn open() -> Result<Self, OpenListenerError> {
         let open = |name: &'static str, kind: Type, protocol: Protocol| {
-            router
-                .enter(|| transparent(kind, protocol))
-                .map_err(|source| OpenListenerError {
-                    name,
-                    netns: router.path().display().to_string(),
-                    source,
-                })
+            transparent(kind, protocol).map_err(|source| OpenListenerError { name, source })
         };
         let tcp = |name| open(name, Type::STREAM, Protocol::TCP).map(TcpListener::from);
         Ok(Self {

@@ -1,0 +1,186 @@
+//! What the kernel programs and their loader share: the shape of each map.
+//! Compiled on both sides (`mesh-runtime/src/redirect.rs` includes this file).
+//!
+//! Change a shape and [`SCHEMA`] changes with it: pinned maps outlive the agent
+//! that made them, and a program of one shape must never read a map of another.
+//!
+//! IPv4 addresses are numbers as `u32::from(Ipv4Addr)` gives them, ports as
+//! written; the programs convert from the network's order once, in `parse`.
+
+/// Part of the path under which everything is pinned.
+pub const SCHEMA: u32 = 1;
+
+/// Put on packets that are the proxy's. A policy route delivers them locally.
+pub const MARK: u32 = 0x15;
+
+/// Pods of one tenant on one host. Both pod maps have this bound: well above
+/// any number of sandboxes a host takes, and 100 KiB when full.
+pub const MAX_PODS: usize = 1024;
+
+/// Service addresses of one tenant. Entries are allocated as they come (about
+/// 70 bytes each); Kubernetes itself is tested to 10,000 Services.
+pub const MAX_SERVICES: usize = 16_384;
+
+/// A pod of this host.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PodEntry {
+    pub address: u32,
+    /// Index, in the router, of the host side of its device.
+    pub device: u32,
+    pub mac: [u8; 6],
+    /// [`ENROLLED`] or [`UNMESHED`].
+    pub mode: u8,
+    pub reserved: u8,
+}
+
+pub const ENROLLED: u8 = 1;
+pub const UNMESHED: u8 = 2;
+
+/// What holds for the whole router.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// The tenant's pods, over all hosts.
+    pub cluster_pods: Range,
+    /// This host's slice of them.
+    pub local_pods: Range,
+    /// The cluster DNS address.
+    pub dns: u32,
+    /// The link-local address that pods have as their gateway: the source of
+    /// what the host itself sends to a pod.
+    pub gateway: u32,
+    /// The router's own address towards the host; 0 if it has none.
+    pub router: u32,
+    /// Index of the router's device towards the host.
+    pub uplink: u32,
+    /// Local ports of the proxy's own connections, first and last. They keep
+    /// clear of the ports that a pod's kernel chooses by default, so that for an
+    /// unmeshed pod the two can be told apart without looking up a socket.
+    pub proxy_ports: [u16; 2],
+}
+
+/// `address` has no bits outside `mask`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Range {
+    pub address: u32,
+    pub mask: u32,
+}
+
+impl Range {
+    #[inline(always)]
+    pub fn contains(&self, address: u32) -> bool {
+        address & self.mask == self.address
+    }
+}
+
+/// Indices of the listeners' map.
+pub mod slot {
+    pub const OUTBOUND: u32 = 0;
+    pub const INBOUND: u32 = 1;
+    pub const HBONE: u32 = 2;
+    pub const DNS_UDP: u32 = 3;
+    pub const DNS_TCP: u32 = 4;
+    pub const COUNT: usize = 5;
+}
+
+/// Why a packet was dropped; the index of its counter.
+#[repr(u32)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Reason {
+    /// No pod is known on the device it came from.
+    UnknownDevice = 0,
+    /// The Ethernet source is not the pod's.
+    SourceMac = 1,
+    /// The IP source is not the pod's; or, from outside, it is one of ours.
+    SourceAddress = 2,
+    /// An Ethernet destination that is not this device's: another station's,
+    /// multicast or broadcast.
+    NotForThisHost = 3,
+    Vlan = 4,
+    /// Static neighbours on both sides make it needless, and an answer would be
+    /// the pod's say over the router's neighbour table.
+    Arp = 5,
+    /// Not supported yet, so nothing of it passes.
+    Ipv6 = 6,
+    Ethertype = 7,
+    /// Shorter than its headers, or headers that contradict each other.
+    Malformed = 8,
+    IpOptions = 9,
+    Fragment = 10,
+    /// Loopback, multicast, broadcast, reserved or link-local: the host's, not
+    /// a pod's to reach.
+    Destination = 11,
+    /// From outside, to an address that is no pod here.
+    NoSuchPod = 12,
+    /// UDP pod to pod: only HBONE carries that, and it carries TCP.
+    UdpToPod = 13,
+    IcmpToPod = 14,
+    IcmpType = 15,
+    /// Neither TCP, UDP nor ICMP.
+    Protocol = 16,
+    /// To a Service's address by something else than TCP.
+    NotTcpToService = 17,
+    /// A new connection to an address of the router itself.
+    HostLocal = 18,
+    /// The proxy's listener is gone: the agent is down.
+    NoListener = 19,
+    /// A packet for the proxy that was about to leave by the uplink: the policy
+    /// route is missing.
+    Leak = 20,
+}
+
+impl Reason {
+    pub const ALL: [Self; 21] = [
+        Self::UnknownDevice,
+        Self::SourceMac,
+        Self::SourceAddress,
+        Self::NotForThisHost,
+        Self::Vlan,
+        Self::Arp,
+        Self::Ipv6,
+        Self::Ethertype,
+        Self::Malformed,
+        Self::IpOptions,
+        Self::Fragment,
+        Self::Destination,
+        Self::NoSuchPod,
+        Self::UdpToPod,
+        Self::IcmpToPod,
+        Self::IcmpType,
+        Self::Protocol,
+        Self::NotTcpToService,
+        Self::HostLocal,
+        Self::NoListener,
+        Self::Leak,
+    ];
+    pub const COUNT: usize = Self::ALL.len();
+
+    /// As a metric's label.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::UnknownDevice => "unknown_device",
+            Self::SourceMac => "source_mac",
+            Self::SourceAddress => "source_address",
+            Self::NotForThisHost => "not_for_this_host",
+            Self::Vlan => "vlan",
+            Self::Arp => "arp",
+            Self::Ipv6 => "ipv6",
+            Self::Ethertype => "ethertype",
+            Self::Malformed => "malformed",
+            Self::IpOptions => "ip_options",
+            Self::Fragment => "fragment",
+            Self::Destination => "destination",
+            Self::NoSuchPod => "no_such_pod",
+            Self::UdpToPod => "udp_to_pod",
+            Self::IcmpToPod => "icmp_to_pod",
+            Self::IcmpType => "icmp_type",
+            Self::Protocol => "protocol",
+            Self::NotTcpToService => "not_tcp_to_service",
+            Self::HostLocal => "host_local",
+            Self::NoListener => "no_listener",
+            Self::Leak => "leak",
+        }
+    }
+}

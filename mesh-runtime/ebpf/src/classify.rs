@@ -1,0 +1,326 @@
+//! What becomes of a packet: a plain function of its headers, the pod it came
+//! from and the router's tables. The hooks call it in the kernel; user space
+//! compiles it too and holds its tables and properties (`redirect::policy`).
+//!
+//! What always holds:
+//! - what is not known is dropped, with the reason that is counted;
+//! - TCP of an enrolled pod is never passed on: it is the proxy's or dropped;
+//! - a packet that passes has the source of the pod whose device it came from.
+
+use super::abi::{ENROLLED, PodEntry, Reason, Settings, slot};
+
+/// Ethernet, IPv4 without options, and the first 8 bytes after: ports, or
+/// ICMP's type. No legal packet that could pass is shorter.
+pub const HEADERS: usize = 14 + 20 + 8;
+
+/// Where an ICMP error holds the protocol of the packet it quotes.
+pub const QUOTED_PROTOCOL: usize = HEADERS + 9;
+
+pub const TCP: u8 = 6;
+pub const UDP: u8 = 17;
+pub const ICMP: u8 = 1;
+
+pub const HBONE_PORT: u16 = 15008;
+pub const DNS_PORT: u16 = 53;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// On to the router's own routing.
+    Pass,
+    /// Mark it: delivered to a socket of the proxy.
+    Capture,
+    /// Mark it if the proxy has a connection with just these addresses and
+    /// ports, else pass it.
+    CaptureIfConnected,
+    Drop(Reason),
+}
+
+use Verdict::{Capture, CaptureIfConnected, Drop, Pass};
+
+/// The router's tables, looked up only when the answer is needed.
+pub trait Tables {
+    /// Mode of the pod of this host that has this address.
+    fn mode(&self, address: u32) -> Option<u8>;
+    /// Whether a Service has this address.
+    fn is_service(&self, address: u32) -> bool;
+}
+
+/// What the decision needs of a packet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Packet {
+    pub source_mac: [u8; 6],
+    pub source: u32,
+    pub destination: u32,
+    pub protocol: u8,
+    /// Any part of a fragmented packet, the first included.
+    pub fragment: bool,
+    /// Not an ICMP packet's: 0.
+    pub destination_port: u16,
+    /// Not another protocol's: 0.
+    pub icmp_type: u8,
+}
+
+#[inline(always)]
+fn be16(high: u8, low: u8) -> u16 {
+    u16::from_be_bytes([high, low])
+}
+
+/// Reads the headers of an Ethernet frame.
+#[inline(always)]
+pub fn parse(f: &[u8; HEADERS]) -> Result<Packet, Reason> {
+    match be16(f[12], f[13]) {
+        0x0800 => {}
+        0x0806 => return Err(Reason::Arp),
+        0x86dd => return Err(Reason::Ipv6),
+        0x8100 | 0x88a8 => return Err(Reason::Vlan),
+        _ => return Err(Reason::Ethertype),
+    }
+    if f[14] >> 4 != 4 || f[14] & 0xf < 5 {
+        return Err(Reason::Malformed);
+    }
+    if f[14] & 0xf != 5 {
+        return Err(Reason::IpOptions);
+    }
+    let protocol = f[23];
+    Ok(Packet {
+        source_mac: [f[6], f[7], f[8], f[9], f[10], f[11]],
+        source: u32::from_be_bytes([f[26], f[27], f[28], f[29]]),
+        destination: u32::from_be_bytes([f[30], f[31], f[32], f[33]]),
+        protocol,
+        // More-fragments, or an offset.
+        fragment: be16(f[20], f[21]) & 0x3fff != 0,
+        destination_port: if protocol == TCP || protocol == UDP { be16(f[36], f[37]) } else { 0 },
+        icmp_type: if protocol == ICMP { f[34] } else { 0 },
+    })
+}
+
+impl Packet {
+    /// Whether it is an error that quotes another packet; which one, the
+    /// decision on the uplink needs to know.
+    #[inline(always)]
+    pub fn is_icmp_error(&self) -> bool {
+        self.protocol == ICMP && !self.fragment && matches!(self.icmp_type, 3 | 11 | 12)
+    }
+
+    /// Echo and errors. Redirects, timestamps, router advertisements and the
+    /// rest would let one side steer or measure the other.
+    #[inline(always)]
+    fn is_useful_icmp(&self) -> bool {
+        matches!(self.icmp_type, 0 | 3 | 8 | 11 | 12)
+    }
+
+    #[inline(always)]
+    fn is_cluster_dns(&self, settings: &Settings) -> bool {
+        self.destination == settings.dns
+            && self.destination_port == DNS_PORT
+            && (self.protocol == UDP || self.protocol == TCP)
+    }
+
+    #[inline(always)]
+    fn is_to_proxy_port(&self, settings: &Settings) -> bool {
+        let [first, last] = settings.proxy_ports;
+        first <= self.destination_port && self.destination_port <= last
+    }
+}
+
+/// An address that is the router's own.
+#[inline(always)]
+fn is_router(settings: &Settings, address: u32) -> bool {
+    address == settings.gateway || (address == settings.router && address != 0)
+}
+
+/// Addresses no pod has business with: "this network", loopback, link-local
+/// (a cloud's metadata service gives the host's own credentials), multicast,
+/// reserved and broadcast.
+#[inline(always)]
+fn is_unreachable(address: u32) -> bool {
+    let first = (address >> 24) as u8;
+    first == 0 || first == 127 || first >= 224 || address >> 16 == 0xa9fe
+}
+
+#[inline(always)]
+fn same(a: &[u8; 6], b: &[u8; 6]) -> bool {
+    ((a[0] ^ b[0]) | (a[1] ^ b[1]) | (a[2] ^ b[2]) | (a[3] ^ b[3]) | (a[4] ^ b[4]) | (a[5] ^ b[5])) == 0
+}
+
+/// A packet that a pod sent.
+#[inline(always)]
+pub fn from_pod(pod: &PodEntry, settings: &Settings, packet: &Packet, tables: &impl Tables) -> Verdict {
+    if !same(&packet.source_mac, &pod.mac) {
+        return Drop(Reason::SourceMac);
+    }
+    if packet.source != pod.address {
+        return Drop(Reason::SourceAddress);
+    }
+    if packet.is_cluster_dns(settings) {
+        return if packet.fragment { Drop(Reason::Fragment) } else { Capture };
+    }
+    if is_router(settings, packet.destination) {
+        // An answer to the host's own connection (a probe, a pod that reaches
+        // itself through a Service); `select` refuses new ones.
+        return match packet.protocol {
+            TCP if packet.fragment => Drop(Reason::Fragment),
+            TCP => Capture,
+            _ => Drop(Reason::Destination),
+        };
+    }
+    if is_unreachable(packet.destination) {
+        return Drop(Reason::Destination);
+    }
+    if pod.mode == ENROLLED {
+        from_enrolled(settings, packet, tables)
+    } else {
+        from_unmeshed(settings, packet, tables)
+    }
+}
+
+#[inline(always)]
+fn from_enrolled(settings: &Settings, packet: &Packet, tables: &impl Tables) -> Verdict {
+    if packet.fragment {
+        return Drop(Reason::Fragment);
+    }
+    match packet.protocol {
+        TCP => Capture,
+        UDP if settings.cluster_pods.contains(packet.destination) => Drop(Reason::UdpToPod),
+        ICMP if settings.cluster_pods.contains(packet.destination) => Drop(Reason::IcmpToPod),
+        ICMP if !packet.is_useful_icmp() => Drop(Reason::IcmpType),
+        UDP | ICMP if tables.is_service(packet.destination) || packet.destination == settings.dns => {
+            Drop(Reason::NotTcpToService)
+        }
+        UDP | ICMP => Pass,
+        _ => Drop(Reason::Protocol),
+    }
+}
+
+#[inline(always)]
+fn from_unmeshed(settings: &Settings, packet: &Packet, tables: &impl Tables) -> Verdict {
+    if packet.protocol == TCP && packet.fragment {
+        return Drop(Reason::Fragment);
+    }
+    if packet.protocol == ICMP && !packet.fragment && !packet.is_useful_icmp() {
+        return Drop(Reason::IcmpType);
+    }
+    match tables.mode(packet.destination) {
+        Some(ENROLLED) => to_enrolled(packet),
+        Some(_) => to_unmeshed(settings, packet),
+        // Nobody else balances a Service here, so the proxy does, in plaintext.
+        None if tables.is_service(packet.destination) || packet.destination == settings.dns => match packet.protocol {
+            TCP => Capture,
+            _ => Drop(Reason::NotTcpToService),
+        },
+        None => Pass,
+    }
+}
+
+/// A pod's plaintext to an enrolled pod here. TCP is the proxy's to admit.
+#[inline(always)]
+fn to_enrolled(packet: &Packet) -> Verdict {
+    match packet.protocol {
+        TCP => Capture,
+        UDP => Drop(Reason::UdpToPod),
+        ICMP => Drop(Reason::IcmpToPod),
+        _ => Drop(Reason::Protocol),
+    }
+}
+
+/// To an unmeshed pod here, from anywhere: its own, unless it answers a
+/// connection that the proxy made in its name.
+#[inline(always)]
+fn to_unmeshed(settings: &Settings, packet: &Packet) -> Verdict {
+    if packet.protocol == TCP && packet.is_to_proxy_port(settings) { CaptureIfConnected } else { Pass }
+}
+
+/// A packet that came from the host. `quoted` is the protocol of the packet
+/// that an ICMP error quotes.
+#[inline(always)]
+pub fn from_uplink(settings: &Settings, packet: &Packet, quoted: u8, tables: &impl Tables) -> Verdict {
+    if packet.destination == settings.router && settings.router != 0 {
+        return Pass;
+    }
+    if settings.local_pods.contains(packet.source) {
+        return Drop(Reason::SourceAddress);
+    }
+    let Some(mode) = tables.mode(packet.destination) else {
+        return Drop(Reason::NoSuchPod);
+    };
+    if packet.fragment && (packet.protocol == TCP || mode == ENROLLED) {
+        return Drop(Reason::Fragment);
+    }
+    if packet.protocol == ICMP && !packet.fragment && !packet.is_useful_icmp() {
+        return Drop(Reason::IcmpType);
+    }
+    if mode != ENROLLED {
+        return to_unmeshed(settings, packet);
+    }
+    let from_pod = settings.cluster_pods.contains(packet.source);
+    match packet.protocol {
+        TCP => Capture,
+        UDP if from_pod => Drop(Reason::UdpToPod),
+        ICMP if from_pod => Drop(Reason::IcmpToPod),
+        // About a connection that the proxy made with the pod's address, such
+        // as "fragmentation needed": the proxy's socket has to hear it.
+        ICMP if packet.is_icmp_error() && quoted == TCP => Capture,
+        UDP | ICMP => Pass,
+        _ => Drop(Reason::Protocol),
+    }
+}
+
+/// A packet for which the router has no connection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Arrival {
+    /// Index of the device it came in by.
+    pub device: u32,
+    pub protocol: u8,
+    pub destination: u32,
+    pub port: u16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Selection {
+    /// The kernel's ordinary look-up.
+    Ordinary,
+    /// The listener in this slot, or nothing if the slot is empty.
+    Slot(u32),
+    Refuse(Reason),
+}
+
+/// Which listener a new connection or datagram goes to. `pod` is the one whose
+/// device it came in by.
+#[inline(always)]
+pub fn select(pod: Option<&PodEntry>, settings: &Settings, arrival: &Arrival, tables: &impl Tables) -> Selection {
+    let Some(pod) = pod else {
+        return if arrival.device == settings.uplink
+            && arrival.protocol == TCP
+            && tables.mode(arrival.destination) == Some(ENROLLED)
+        {
+            Selection::Slot(inbound(arrival.port))
+        } else {
+            Selection::Ordinary
+        };
+    };
+    if arrival.destination == settings.dns && arrival.port == DNS_PORT {
+        return Selection::Slot(if arrival.protocol == UDP { slot::DNS_UDP } else { slot::DNS_TCP });
+    }
+    if arrival.protocol != TCP {
+        return Selection::Ordinary;
+    }
+    if is_router(settings, arrival.destination) {
+        return Selection::Refuse(Reason::HostLocal);
+    }
+    if pod.mode == ENROLLED {
+        return Selection::Slot(slot::OUTBOUND);
+    }
+    match tables.mode(arrival.destination) {
+        Some(ENROLLED) => Selection::Slot(inbound(arrival.port)),
+        Some(_) => Selection::Ordinary,
+        None if tables.is_service(arrival.destination) || arrival.destination == settings.dns => {
+            Selection::Slot(slot::OUTBOUND)
+        }
+        None => Selection::Ordinary,
+    }
+}
+
+#[inline(always)]
+fn inbound(port: u16) -> u32 {
+    if port == HBONE_PORT { slot::HBONE } else { slot::INBOUND }
+}
