@@ -26,13 +26,21 @@
 #![allow(unsafe_code)]
 
 #[path = "../ebpf/src/abi.rs"]
-#[allow(dead_code, unreachable_pub, reason = "compiled for the kernel too, where the rest is used")]
+#[allow(
+    dead_code,
+    unreachable_pub,
+    reason = "compiled for the kernel too, where the rest is used"
+)]
 mod abi;
 #[cfg(test)]
 mod classification;
 #[cfg(test)]
 #[path = "../ebpf/src/classify.rs"]
-#[allow(dead_code, unreachable_pub, reason = "compiled for the kernel too; here only to be tested")]
+#[allow(
+    dead_code,
+    unreachable_pub,
+    reason = "compiled for the kernel too; here only to be tested"
+)]
 mod classify;
 mod drops;
 mod listeners;

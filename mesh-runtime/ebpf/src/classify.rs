@@ -89,7 +89,11 @@ pub fn parse(f: &[u8; HEADERS]) -> Result<Packet, Reason> {
         protocol,
         // More-fragments, or an offset.
         fragment: be16(f[20], f[21]) & 0x3fff != 0,
-        destination_port: if protocol == TCP || protocol == UDP { be16(f[36], f[37]) } else { 0 },
+        destination_port: if protocol == TCP || protocol == UDP {
+            be16(f[36], f[37])
+        } else {
+            0
+        },
         icmp_type: if protocol == ICMP { f[34] } else { 0 },
     })
 }
@@ -153,7 +157,11 @@ pub fn from_pod(pod: &PodEntry, settings: &Settings, packet: &Packet, tables: &i
         return Drop(Reason::SourceAddress);
     }
     if packet.is_cluster_dns(settings) {
-        return if packet.fragment { Drop(Reason::Fragment) } else { Capture };
+        return if packet.fragment {
+            Drop(Reason::Fragment)
+        } else {
+            Capture
+        };
     }
     if is_router(settings, packet.destination) {
         // An answer to the host's own connection (a probe, a pod that reaches
@@ -204,10 +212,12 @@ fn from_unmeshed(settings: &Settings, packet: &Packet, tables: &impl Tables) -> 
         Some(ENROLLED) => to_enrolled(packet),
         Some(_) => to_unmeshed(settings, packet),
         // Nobody else balances a Service here, so the proxy does, in plaintext.
-        None if tables.is_service(packet.destination) || packet.destination == settings.dns => match packet.protocol {
-            TCP => Capture,
-            _ => Drop(Reason::NotTcpToService),
-        },
+        None if tables.is_service(packet.destination) || packet.destination == settings.dns => {
+            match packet.protocol {
+                TCP => Capture,
+                _ => Drop(Reason::NotTcpToService),
+            }
+        }
         None => Pass,
     }
 }
@@ -227,7 +237,11 @@ fn to_enrolled(packet: &Packet) -> Verdict {
 /// connection that the proxy made in its name.
 #[inline(always)]
 fn to_unmeshed(settings: &Settings, packet: &Packet) -> Verdict {
-    if packet.protocol == TCP && packet.is_to_proxy_port(settings) { CaptureIfConnected } else { Pass }
+    if packet.protocol == TCP && packet.is_to_proxy_port(settings) {
+        CaptureIfConnected
+    } else {
+        Pass
+    }
 }
 
 /// A packet that came from the host. `quoted` is the protocol of the packet
@@ -287,7 +301,12 @@ pub enum Selection {
 /// Which listener a new connection or datagram goes to. `pod` is the one whose
 /// device it came in by.
 #[inline(always)]
-pub fn select(pod: Option<&PodEntry>, settings: &Settings, arrival: &Arrival, tables: &impl Tables) -> Selection {
+pub fn select(
+    pod: Option<&PodEntry>,
+    settings: &Settings,
+    arrival: &Arrival,
+    tables: &impl Tables,
+) -> Selection {
     let Some(pod) = pod else {
         return if arrival.device == settings.uplink
             && arrival.protocol == TCP
@@ -299,7 +318,11 @@ pub fn select(pod: Option<&PodEntry>, settings: &Settings, arrival: &Arrival, ta
         };
     };
     if arrival.destination == settings.dns && arrival.port == DNS_PORT {
-        return Selection::Slot(if arrival.protocol == UDP { slot::DNS_UDP } else { slot::DNS_TCP });
+        return Selection::Slot(if arrival.protocol == UDP {
+            slot::DNS_UDP
+        } else {
+            slot::DNS_TCP
+        });
     }
     if arrival.protocol != TCP {
         return Selection::Ordinary;
@@ -322,5 +345,9 @@ pub fn select(pod: Option<&PodEntry>, settings: &Settings, arrival: &Arrival, ta
 
 #[inline(always)]
 fn inbound(port: u16) -> u32 {
-    if port == HBONE_PORT { slot::HBONE } else { slot::INBOUND }
+    if port == HBONE_PORT {
+        slot::HBONE
+    } else {
+        slot::INBOUND
+    }
 }

@@ -13,6 +13,10 @@ use crate::{
 #[classifier]
 pub fn uplink_egress(context: TcContext) -> i32 {
     let frame = Frame::new(context);
-    let verdict = if frame.mark() == MARK { Verdict::Drop(Reason::Leak) } else { Verdict::Pass };
+    let verdict = if frame.mark() == MARK {
+        Verdict::Drop(Reason::Leak)
+    } else {
+        Verdict::Pass
+    };
     frame.conclude(verdict)
 }

@@ -24,7 +24,11 @@ fn verdict(frame: &Frame) -> Verdict {
     };
     match frame.headers() {
         Ok(packet) => {
-            let quoted = if packet.is_icmp_error() { frame.quoted_protocol() } else { 0 };
+            let quoted = if packet.is_icmp_error() {
+                frame.quoted_protocol()
+            } else {
+                0
+            };
             from_uplink(settings, &packet, quoted, &Maps)
         }
         // The host is no pod: the router and it may ask each other's address.

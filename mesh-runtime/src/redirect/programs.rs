@@ -70,19 +70,38 @@ pub enum ProgramsError {
     #[error("the map pinned at {} is of another shape than this agent's: close the tenant and open it anew", path.display())]
     Shape { path: PathBuf },
     #[error("cannot open map {name}")]
-    OpenMap { name: &'static str, source: Box<MapError> },
+    OpenMap {
+        name: &'static str,
+        source: Box<MapError>,
+    },
     #[error("cannot write map {name}")]
-    WriteMap { name: &'static str, source: Box<MapError> },
+    WriteMap {
+        name: &'static str,
+        source: Box<MapError>,
+    },
     #[error("cannot read map {name}")]
-    ReadMap { name: &'static str, source: Box<MapError> },
+    ReadMap {
+        name: &'static str,
+        source: Box<MapError>,
+    },
     #[error("the kernel refuses program {name}")]
-    LoadProgram { name: &'static str, source: Box<ProgramError> },
+    LoadProgram {
+        name: &'static str,
+        source: Box<ProgramError>,
+    },
     #[error("cannot attach program {name} to {target}")]
-    Attach { name: &'static str, target: String, source: Box<ProgramError> },
+    Attach {
+        name: &'static str,
+        target: String,
+        source: Box<ProgramError>,
+    },
     #[error("cannot read the link pinned at {}", path.display())]
     ReadLink { path: PathBuf, source: Box<LinkError> },
     #[error("cannot pin a link at {}", path.display())]
-    Pin { path: PathBuf, source: Box<aya::pin::PinError> },
+    Pin {
+        path: PathBuf,
+        source: Box<aya::pin::PinError>,
+    },
     #[error("cannot remove {}", path.display())]
     Remove { path: PathBuf, source: io::Error },
     #[error("there is no device {name} in the router")]
@@ -145,12 +164,17 @@ impl Programs {
         settings: Settings,
         listeners: &Listeners,
     ) -> Result<Self, ProgramsError> {
-        let settings = Settings { uplink: index(&uplink)?, ..settings };
+        let settings = Settings {
+            uplink: index(&uplink)?,
+            ..settings
+        };
         for part in ["maps", "links"] {
             let path = directory.join(part);
             fs::create_dir_all(&path).map_err(|source| ProgramsError::MakeDirectory { path, source })?;
         }
-        if nix::sys::statfs::statfs(&directory).map(|s| s.filesystem_type()) != Ok(nix::sys::statfs::BPF_FS_MAGIC) {
+        if nix::sys::statfs::statfs(&directory).map(|s| s.filesystem_type())
+            != Ok(nix::sys::statfs::BPF_FS_MAGIC)
+        {
             return Err(ProgramsError::NotBpffs { path: directory });
         }
 
@@ -162,10 +186,14 @@ impl Programs {
         for (name, _) in SHAPES {
             loader.map_pin_path(name, maps.join(name));
         }
-        let mut ebpf = loader.load(OBJECT).map_err(|source| ProgramsError::Load { source: Box::new(source) })?;
+        let mut ebpf = loader.load(OBJECT).map_err(|source| ProgramsError::Load {
+            source: Box::new(source),
+        })?;
         for (name, shape) in SHAPES {
             if Shape::of(&mut ebpf, name)? != *shape {
-                return Err(ProgramsError::Shape { path: maps.join(name) });
+                return Err(ProgramsError::Shape {
+                    path: maps.join(name),
+                });
             }
         }
 
@@ -175,7 +203,10 @@ impl Programs {
             router_settings.set(0, settings, 0).map_err(write("SETTINGS"))?;
         }
         let services: HashMap<MapData, u32, u8> = take(&mut ebpf, "SERVICES")?;
-        let known_services = services.keys().collect::<Result<_, _>>().map_err(read("SERVICES"))?;
+        let known_services = services
+            .keys()
+            .collect::<Result<_, _>>()
+            .map_err(read("SERVICES"))?;
         let mut slots: SockMap<MapData> = take(&mut ebpf, "LISTENERS")?;
         let mut programs = Self {
             by_device: take(&mut ebpf, "PODS_BY_DEVICE")?,
@@ -190,7 +221,10 @@ impl Programs {
         };
 
         for name in [POD_INGRESS, UPLINK_INGRESS, UPLINK_EGRESS] {
-            programs.classifier(name)?.load().map_err(|source| refused(name, source))?;
+            programs
+                .classifier(name)?
+                .load()
+                .map_err(|source| refused(name, source))?;
         }
         let uplink = programs.uplink.clone();
         programs.link(UPLINK_EGRESS, TcAttachType::Egress, &uplink, "uplink-egress")?;
@@ -232,7 +266,10 @@ impl Programs {
             && other.device != index
         {
             if exists(other.device) {
-                return Err(ProgramsError::AddressTaken { address: device.address, device: other.device });
+                return Err(ProgramsError::AddressTaken {
+                    address: device.address,
+                    device: other.device,
+                });
             }
             self.device_gone(other.device)?;
         }
@@ -241,8 +278,12 @@ impl Programs {
         {
             remove(&mut self.by_address, before.address, "PODS_BY_ADDRESS")?;
         }
-        self.by_device.insert(index, entry, 0).map_err(write("PODS_BY_DEVICE"))?;
-        self.by_address.insert(entry.address, entry, 0).map_err(write("PODS_BY_ADDRESS"))?;
+        self.by_device
+            .insert(index, entry, 0)
+            .map_err(write("PODS_BY_DEVICE"))?;
+        self.by_address
+            .insert(entry.address, entry, 0)
+            .map_err(write("PODS_BY_ADDRESS"))?;
         self.filter(&device.name)
     }
 
@@ -271,8 +312,11 @@ impl Programs {
     /// Looks at all pods' devices: forgets those that are not there any more,
     /// and sees to it that the others have this process' program.
     pub(super) fn sweep(&mut self) -> Result<(), ProgramsError> {
-        let devices: Vec<u32> =
-            self.by_device.keys().collect::<Result<_, _>>().map_err(read("PODS_BY_DEVICE"))?;
+        let devices: Vec<u32> = self
+            .by_device
+            .keys()
+            .collect::<Result<_, _>>()
+            .map_err(read("PODS_BY_DEVICE"))?;
         for device in devices {
             match name_of(device) {
                 Some(name) => self.filter(&name)?,
@@ -297,7 +341,9 @@ impl Programs {
     /// to them reaches the proxy.
     pub(super) fn set_services(&mut self, addresses: &BTreeSet<u32>) -> Result<(), ProgramsError> {
         if addresses.len() > MAX_SERVICES {
-            return Err(ProgramsError::TooManyServices { count: addresses.len() });
+            return Err(ProgramsError::TooManyServices {
+                count: addresses.len(),
+            });
         }
         for &gone in self.known_services.difference(addresses) {
             remove(&mut self.services, gone, "SERVICES")?;
@@ -313,7 +359,10 @@ impl Programs {
     /// about to be deleted: what devices it has left are not classified any more.
     pub(super) fn close(self) -> Result<(), ProgramsError> {
         let Self { directory, .. } = self;
-        fs::remove_dir_all(&directory).map_err(|source| ProgramsError::Remove { path: directory, source })
+        fs::remove_dir_all(&directory).map_err(|source| ProgramsError::Remove {
+            path: directory,
+            source,
+        })
     }
 
     fn classifier(&mut self, name: &'static str) -> Result<&mut SchedClassifier, ProgramsError> {
@@ -326,17 +375,26 @@ impl Programs {
     /// Sees to it that a pod's device has this process' program.
     fn filter(&mut self, device: &str) -> Result<(), ProgramsError> {
         let hook = TcAttachType::Ingress;
-        let failed =
-            |source| ProgramsError::Attach { name: POD_INGRESS, target: device.to_owned(), source: Box::new(source) };
+        let failed = |source| ProgramsError::Attach {
+            name: POD_INGRESS,
+            target: device.to_owned(),
+            source: Box::new(source),
+        };
         match qdisc_add_clsact(device) {
             Ok(()) => {}
             Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
             Err(source) => return Err(failed(source.into())),
         }
         let program = self.classifier(POD_INGRESS)?;
-        let options = NlOptions { priority: FILTER_PRIORITY, handle: FILTER_HANDLE, classid: None };
+        let options = NlOptions {
+            priority: FILTER_PRIORITY,
+            handle: FILTER_HANDLE,
+            classid: None,
+        };
         let id = match program.attach_with_options(device, hook, TcAttachOptions::Netlink(options)) {
-            Err(ProgramError::TcError(TcError::NetlinkError(error))) if error.raw_os_error() == Some(libc::EEXIST) => {
+            Err(ProgramError::TcError(TcError::NetlinkError(error)))
+                if error.raw_os_error() == Some(libc::EEXIST) =>
+            {
                 // An earlier one, of another process or of this: replaced at once.
                 let there = SchedClassifierLink::attached(device, hook, FILTER_PRIORITY, FILTER_HANDLE, None)
                     .map_err(|source| failed(TcError::IoError(source).into()))?;
@@ -362,15 +420,24 @@ impl Programs {
         if self.adopt(name, hook, device, &path)? {
             return Ok(());
         }
-        let failed = |source| ProgramsError::Attach { name, target: device.to_owned(), source: Box::new(source) };
+        let failed = |source| ProgramsError::Attach {
+            name,
+            target: device.to_owned(),
+            source: Box::new(source),
+        };
         let program = self.classifier(name)?;
         let id = program
             .attach_with_options(device, hook, TcAttachOptions::TcxOrder(LinkOrder::default()))
             .map_err(failed)?;
         let link = program.take_link(id).map_err(failed)?;
-        let link = FdLink::try_from(link)
-            .map_err(|source| ProgramsError::ReadLink { path: path.clone(), source: Box::new(source) })?;
-        link.pin(&path).map_err(|source| ProgramsError::Pin { path, source: Box::new(source) })?;
+        let link = FdLink::try_from(link).map_err(|source| ProgramsError::ReadLink {
+            path: path.clone(),
+            source: Box::new(source),
+        })?;
+        link.pin(&path).map_err(|source| ProgramsError::Pin {
+            path,
+            source: Box::new(source),
+        })?;
         Ok(())
     }
 
@@ -386,17 +453,26 @@ impl Programs {
         let Some(link) = pinned(path)? else {
             return Ok(false);
         };
-        let failed = |source| ProgramsError::Attach { name, target: device.to_owned(), source: Box::new(source) };
+        let failed = |source| ProgramsError::Attach {
+            name,
+            target: device.to_owned(),
+            source: Box::new(source),
+        };
         let program = self.classifier(name)?;
-        let link = SchedClassifierLink::try_from(FdLink::from(link))
-            .map_err(|source| ProgramsError::ReadLink { path: path.to_owned(), source: Box::new(source) })?;
+        let link =
+            SchedClassifierLink::try_from(FdLink::from(link)).map_err(|source| ProgramsError::ReadLink {
+                path: path.to_owned(),
+                source: Box::new(source),
+            })?;
         match program.attach_to_link(link) {
             Ok(id) => {
                 // Closes this process' descriptor; the pin keeps the link.
                 drop(program.take_link(id).map_err(failed)?);
             }
             // The device it sat on was deleted; this one only has its number.
-            Err(ProgramError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::ENOLINK) => {
+            Err(ProgramError::SyscallError(error))
+                if error.io_error.raw_os_error() == Some(libc::ENOLINK) =>
+            {
                 unpin(path)?;
                 return Ok(false);
             }
@@ -419,7 +495,11 @@ impl Programs {
         let path = self.directory.join("links").join("socket-lookup");
         let next = self.directory.join("links").join("socket-lookup-next");
         let target = self.router.path().display().to_string();
-        let failed = |source| ProgramsError::Attach { name, target: target.clone(), source: Box::new(source) };
+        let failed = |source| ProgramsError::Attach {
+            name,
+            target: target.clone(),
+            source: Box::new(source),
+        };
         let program: &mut SkLookup = self
             .ebpf
             .program_mut(name)
@@ -430,7 +510,10 @@ impl Programs {
         let link = FdLink::from(program.take_link(id).map_err(failed)?);
         // A process that died in between left it.
         unpin(&next)?;
-        link.pin(&next).map_err(|source| ProgramsError::Pin { path: next.clone(), source: Box::new(source) })?;
+        link.pin(&next).map_err(|source| ProgramsError::Pin {
+            path: next.clone(),
+            source: Box::new(source),
+        })?;
         unpin(&path)?;
         fs::rename(&next, &path).map_err(|source| ProgramsError::Remove { path: next, source })
     }
@@ -440,7 +523,10 @@ fn pinned(path: &Path) -> Result<Option<PinnedLink>, ProgramsError> {
     match PinnedLink::from_pin(path) {
         Ok(link) => Ok(Some(link)),
         Err(LinkError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(ProgramsError::ReadLink { path: path.to_owned(), source: Box::new(source) }),
+        Err(source) => Err(ProgramsError::ReadLink {
+            path: path.to_owned(),
+            source: Box::new(source),
+        }),
     }
 }
 
@@ -448,12 +534,18 @@ fn unpin(path: &Path) -> Result<(), ProgramsError> {
     match fs::remove_file(path) {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(source) => Err(ProgramsError::Remove { path: path.to_owned(), source }),
+        Err(source) => Err(ProgramsError::Remove {
+            path: path.to_owned(),
+            source,
+        }),
     }
 }
 
 fn index(name: &str) -> Result<u32, ProgramsError> {
-    if_nametoindex(name).map_err(|source| ProgramsError::NoDevice { name: name.to_owned(), source })
+    if_nametoindex(name).map_err(|source| ProgramsError::NoDevice {
+        name: name.to_owned(),
+        source,
+    })
 }
 
 fn name_of(device: u32) -> Option<String> {
@@ -474,22 +566,61 @@ struct Shape {
 }
 
 const SHAPES: &[(&str, Shape)] = &[
-    ("PODS_BY_DEVICE", Shape { key: 4, value: size_of::<PodEntry>(), entries: MAX_PODS }),
-    ("PODS_BY_ADDRESS", Shape { key: 4, value: size_of::<PodEntry>(), entries: MAX_PODS }),
-    ("SERVICES", Shape { key: 4, value: 1, entries: MAX_SERVICES }),
-    ("SETTINGS", Shape { key: 4, value: size_of::<Settings>(), entries: 1 }),
-    ("LISTENERS", Shape { key: 4, value: 4, entries: slot::COUNT }),
-    ("DROPS", Shape { key: 4, value: 8, entries: Reason::COUNT }),
+    (
+        "PODS_BY_DEVICE",
+        Shape {
+            key: 4,
+            value: size_of::<PodEntry>(),
+            entries: MAX_PODS,
+        },
+    ),
+    (
+        "PODS_BY_ADDRESS",
+        Shape {
+            key: 4,
+            value: size_of::<PodEntry>(),
+            entries: MAX_PODS,
+        },
+    ),
+    (
+        "SERVICES",
+        Shape {
+            key: 4,
+            value: 1,
+            entries: MAX_SERVICES,
+        },
+    ),
+    (
+        "SETTINGS",
+        Shape {
+            key: 4,
+            value: size_of::<Settings>(),
+            entries: 1,
+        },
+    ),
+    (
+        "LISTENERS",
+        Shape {
+            key: 4,
+            value: 4,
+            entries: slot::COUNT,
+        },
+    ),
+    (
+        "DROPS",
+        Shape {
+            key: 4,
+            value: 8,
+            entries: Reason::COUNT,
+        },
+    ),
 ];
 
 impl Shape {
     fn of(ebpf: &mut Ebpf, name: &'static str) -> Result<Self, ProgramsError> {
         use aya::maps::Map;
         let map = ebpf.map(name).ok_or(ProgramsError::Missing { name })?;
-        let (Map::Array(data)
-        | Map::HashMap(data)
-        | Map::PerCpuArray(data)
-        | Map::SockMap(data)) = map
+        let (Map::Array(data) | Map::HashMap(data) | Map::PerCpuArray(data) | Map::SockMap(data)) = map
         else {
             return Err(ProgramsError::Missing { name });
         };
@@ -507,7 +638,10 @@ where
     T: TryFrom<aya::maps::Map, Error = MapError>,
 {
     let map = ebpf.take_map(name).ok_or(ProgramsError::Missing { name })?;
-    T::try_from(map).map_err(|source| ProgramsError::OpenMap { name, source: Box::new(source) })
+    T::try_from(map).map_err(|source| ProgramsError::OpenMap {
+        name,
+        source: Box::new(source),
+    })
 }
 
 fn get(
@@ -518,7 +652,10 @@ fn get(
     match map.get(&key, 0) {
         Ok(entry) => Ok(Some(entry)),
         Err(MapError::KeyNotFound) => Ok(None),
-        Err(source) => Err(ProgramsError::ReadMap { name, source: Box::new(source) }),
+        Err(source) => Err(ProgramsError::ReadMap {
+            name,
+            source: Box::new(source),
+        }),
     }
 }
 
@@ -530,18 +667,68 @@ fn remove<V: aya::Pod>(
     match map.remove(&key) {
         Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
         Err(MapError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(source) => Err(ProgramsError::WriteMap { name, source: Box::new(source) }),
+        Err(source) => Err(ProgramsError::WriteMap {
+            name,
+            source: Box::new(source),
+        }),
     }
 }
 
 fn read(name: &'static str) -> impl FnOnce(MapError) -> ProgramsError {
-    move |source| ProgramsError::ReadMap { name, source: Box::new(source) }
+    move |source| ProgramsError::ReadMap {
+        name,
+        source: Box::new(source),
+    }
 }
 
 fn write(name: &'static str) -> impl FnOnce(MapError) -> ProgramsError {
-    move |source| ProgramsError::WriteMap { name, source: Box::new(source) }
+    move |source| ProgramsError::WriteMap {
+        name,
+        source: Box::new(source),
+    }
 }
 
 fn refused(name: &'static str, source: ProgramError) -> ProgramsError {
-    ProgramsError::LoadProgram { name, source: Box::new(source) }
+    ProgramsError::LoadProgram {
+        name,
+        source: Box::new(source),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Like `mesh-runtime/ebpf/build` does it.
+    fn sum_of_sources() -> String {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("ebpf");
+        let mut sources: Vec<PathBuf> = fs::read_dir(root.join("src"))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|path| path.extension().is_some_and(|e| e == "rs"))
+            .collect();
+        sources.sort();
+        let mut context = aws_lc_rs::digest::Context::new(&aws_lc_rs::digest::SHA256);
+        for path in [root.join("Cargo.toml"), root.join("Cargo.lock")]
+            .iter()
+            .chain(&sources)
+        {
+            context.update(&fs::read(path).unwrap());
+        }
+        context
+            .finish()
+            .as_ref()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
+    }
+
+    #[test]
+    fn the_checked_in_object_is_of_these_sources() {
+        assert_eq!(
+            include_str!("../../ebpf/object/redirect.sha256").trim(),
+            sum_of_sources(),
+            "the kernel programs changed: run mesh-runtime/ebpf/build and commit object/"
+        );
+    }
 }

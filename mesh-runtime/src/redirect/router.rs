@@ -11,14 +11,7 @@
 //! bpf and netlink calls may block on the kernel's locks, so they are made on
 //! that thread, one after another, and nobody's executor waits.
 
-use std::{
-    collections::BTreeSet,
-    io,
-    net::Ipv4Addr,
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeSet, io, net::Ipv4Addr, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -62,7 +55,10 @@ pub enum RouterError {
     #[error(transparent)]
     Routing(#[from] RoutingError),
     #[error("cannot read the address of {uplink}")]
-    UplinkAddress { uplink: String, source: nix::errno::Errno },
+    UplinkAddress {
+        uplink: String,
+        source: nix::errno::Errno,
+    },
     #[error("the router's redirection was closed")]
     Closed,
 }
@@ -129,7 +125,14 @@ impl Router {
         let (drops, listeners) = ready.await.map_err(|_| RouterError::Closed)??;
         let stop = CancellationToken::new();
         tokio::spawn(watch(router, routing, commands.clone(), stop.clone()));
-        Ok((Self { commands, drops, _watch: stop.drop_guard() }, listeners))
+        Ok((
+            Self {
+                commands,
+                drops,
+                _watch: stop.drop_guard(),
+            },
+            listeners,
+        ))
     }
 
     /// Redirects what comes from `device`, or makes sure that it is. To be done
@@ -145,7 +148,10 @@ impl Router {
 
     /// Tells the kernel all addresses of the tenant's Services: unmeshed pods'
     /// TCP to them comes to [`Listeners::outbound`].
-    pub async fn set_services(&self, addresses: impl IntoIterator<Item = Ipv4Addr>) -> Result<(), RouterError> {
+    pub async fn set_services(
+        &self,
+        addresses: impl IntoIterator<Item = Ipv4Addr>,
+    ) -> Result<(), RouterError> {
         let addresses = addresses.into_iter().map(u32::from).collect();
         self.ask(|reply| Command::Services(addresses, reply)).await
     }
@@ -163,17 +169,29 @@ impl Router {
 
     async fn ask<T>(&self, command: impl FnOnce(Reply<T>) -> Command) -> Result<T, RouterError> {
         let (reply, answer) = oneshot::channel();
-        self.commands.send(command(reply)).await.map_err(|_| RouterError::Closed)?;
+        self.commands
+            .send(command(reply))
+            .await
+            .map_err(|_| RouterError::Closed)?;
         Ok(answer.await.map_err(|_| RouterError::Closed)??)
     }
 }
 
 /// On the thread: puts it into the router for good, then opens everything.
 fn open(config: RouterConfig) -> Result<(Programs, Listeners), RouterError> {
-    let RouterConfig { router, uplink, bpffs, tenant, cluster_pods, local_pods, dns } = config;
-    router
-        .stay()
-        .map_err(|source| RouterError::Enter { netns: router.path().display().to_string(), source })?;
+    let RouterConfig {
+        router,
+        uplink,
+        bpffs,
+        tenant,
+        cluster_pods,
+        local_pods,
+        dns,
+    } = config;
+    router.stay().map_err(|source| RouterError::Enter {
+        netns: router.path().display().to_string(),
+        source,
+    })?;
     routing::set_sysctls()?;
     let listeners = Listeners::open()?;
     let settings = Settings {
@@ -182,7 +200,10 @@ fn open(config: RouterConfig) -> Result<(Programs, Listeners), RouterError> {
         dns: dns.into(),
         gateway: GATEWAY.into(),
         router: address_of(&uplink)
-            .map_err(|source| RouterError::UplinkAddress { uplink: uplink.clone(), source })?
+            .map_err(|source| RouterError::UplinkAddress {
+                uplink: uplink.clone(),
+                source,
+            })?
             .map_or(0, u32::from),
         // Known once the device is looked up.
         uplink: 0,
@@ -194,7 +215,10 @@ fn open(config: RouterConfig) -> Result<(Programs, Listeners), RouterError> {
 }
 
 fn range(net: ipnet::Ipv4Net) -> Range {
-    Range { address: net.network().into(), mask: net.netmask().into() }
+    Range {
+        address: net.network().into(),
+        mask: net.netmask().into(),
+    }
 }
 
 fn address_of(device: &str) -> Result<Option<Ipv4Addr>, nix::errno::Errno> {
@@ -223,7 +247,10 @@ fn serve(mut programs: Programs, mut queue: mpsc::Receiver<Command>) {
 
 fn warn_of(result: Result<(), ProgramsError>) {
     if let Err(error) = result {
-        tracing::warn!(error = &error as &dyn std::error::Error, "cannot look after the pods' devices");
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "cannot look after the pods' devices"
+        );
     }
 }
 
@@ -243,7 +270,10 @@ async fn watch(router: Netns, routing: Routing, commands: mpsc::Sender<Command>,
                     match Routing::open(&router) {
                         Ok(open) => routing = Some(open),
                         Err(error) => {
-                            tracing::warn!(error = &error as &dyn std::error::Error, "cannot watch the router");
+                            tracing::warn!(
+                                error = &error as &dyn std::error::Error,
+                                "cannot watch the router"
+                            );
                             continue;
                         }
                     }
@@ -257,7 +287,10 @@ async fn watch(router: Netns, routing: Routing, commands: mpsc::Sender<Command>,
             if let (Change::Routing | Change::Unknown, Some(open)) = (change, &routing)
                 && let Err(error) = open.ensure().await
             {
-                tracing::warn!(error = &error as &dyn std::error::Error, "cannot restore the router's policy route");
+                tracing::warn!(
+                    error = &error as &dyn std::error::Error,
+                    "cannot restore the router's policy route"
+                );
             }
             let told = match change {
                 Change::Routing => Ok(()),

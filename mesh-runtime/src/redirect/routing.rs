@@ -47,7 +47,10 @@ pub enum RoutingError {
     #[error("cannot set {name} in the router")]
     Sysctl { name: &'static str, source: io::Error },
     #[error("cannot {action} in the router")]
-    Netlink { action: &'static str, source: rtnetlink::Error },
+    Netlink {
+        action: &'static str,
+        source: rtnetlink::Error,
+    },
 }
 
 /// What the watcher saw.
@@ -77,12 +80,23 @@ impl Drop for Routing {
 impl Routing {
     /// A netlink socket of the router, subscribed to changes.
     pub(super) fn open(router: &Netns) -> Result<Self, RoutingError> {
-        let groups =
-            [MulticastGroup::Link, MulticastGroup::Tc, MulticastGroup::Ipv4Route, MulticastGroup::Ipv4Rule];
+        let groups = [
+            MulticastGroup::Link,
+            MulticastGroup::Tc,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv4Rule,
+        ];
         let (connection, handle, messages) = router
             .enter(|| rtnetlink::new_multicast_connection(&groups))
-            .map_err(|source| RoutingError::Open { netns: router.path().display().to_string(), source })?;
-        Ok(Self { handle, messages, connection: tokio::spawn(connection) })
+            .map_err(|source| RoutingError::Open {
+                netns: router.path().display().to_string(),
+                source,
+            })?;
+        Ok(Self {
+            handle,
+            messages,
+            connection: tokio::spawn(connection),
+        })
     }
 
     /// Puts in what is missing.
@@ -92,7 +106,14 @@ impl Routing {
         done("bring up lo", up)?;
 
         // First the catch, so that at no moment a marked packet is forwarded.
-        let mut catch = self.handle.rule().add().v4().priority(CATCH).fw_mark(MARK).action(RuleAction::Blackhole);
+        let mut catch = self
+            .handle
+            .rule()
+            .add()
+            .v4()
+            .priority(CATCH)
+            .fw_mark(MARK)
+            .action(RuleAction::Blackhole);
         // A rule that drops names no table.
         catch.message_mut().header.table = 0;
         done("add the rule that drops marked packets", catch.execute().await)?;
@@ -106,8 +127,15 @@ impl Routing {
         let added = self.handle.route().add(everything).execute().await;
         done("add the route that delivers locally", added)?;
 
-        let deliver =
-            self.handle.rule().add().v4().priority(DELIVER).fw_mark(MARK).table_id(TABLE).action(RuleAction::ToTable);
+        let deliver = self
+            .handle
+            .rule()
+            .add()
+            .v4()
+            .priority(DELIVER)
+            .fw_mark(MARK)
+            .table_id(TABLE)
+            .action(RuleAction::ToTable);
         done("add the rule for marked packets", deliver.execute().await)
     }
 

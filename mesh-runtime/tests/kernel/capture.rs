@@ -14,7 +14,11 @@ async fn a_captured_connection_keeps_both_its_addresses() {
     let stream = lab.space(&pod).connect((VIP, 80), DEADLINE).unwrap();
     let said = greeting(&stream);
     assert_eq!(said.listener, "outbound");
-    assert_eq!(said.local, SocketAddr::from((VIP, 80)), "the original destination");
+    assert_eq!(
+        said.local,
+        SocketAddr::from((VIP, 80)),
+        "the original destination"
+    );
     assert_eq!(said.peer, stream.local_addr().unwrap(), "the pod's own address");
     assert_eq!(echo(&stream, "hello").unwrap(), "hello");
 }

@@ -51,8 +51,13 @@ impl Frame {
         let mut payload = self.payload.clone();
         if self.fragment == 0 {
             let length = (payload.len() as u16).to_be_bytes();
-            let pseudo =
-                [&self.source.octets()[..], &self.destination.octets(), &[0, self.protocol], &length].concat();
+            let pseudo = [
+                &self.source.octets()[..],
+                &self.destination.octets(),
+                &[0, self.protocol],
+                &length,
+            ]
+            .concat();
             match self.protocol {
                 TCP if payload.len() >= 20 => {
                     let sum = checksum(&[&pseudo, &payload]);
@@ -73,8 +78,10 @@ impl Frame {
 
 fn checksum(parts: &[&[u8]]) -> u16 {
     let bytes = parts.concat();
-    let mut sum: u32 =
-        bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0))).sum();
+    let mut sum: u32 = bytes
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0)))
+        .sum();
     while sum >> 16 != 0 {
         sum = (sum & 0xffff) + (sum >> 16);
     }
@@ -118,7 +125,11 @@ impl Tap {
     pub fn open(device: &str) -> io::Result<Self> {
         let index = nix::net::if_::if_nametoindex(device)?;
         let all = (libc::ETH_P_ALL as u16).to_be();
-        let socket = Socket::new(Domain::from(libc::AF_PACKET), Type::RAW, Some((i32::from(all)).into()))?;
+        let socket = Socket::new(
+            Domain::from(libc::AF_PACKET),
+            Type::RAW,
+            Some((i32::from(all)).into()),
+        )?;
         // SAFETY: a zeroed sockaddr_ll is valid, and only its fields are set.
         let (_, address) = unsafe {
             SockAddr::try_init(|storage, length| {
@@ -144,7 +155,11 @@ impl Tap {
         let end = Instant::now() + deadline;
         let mut buffer = vec![0u8; 70_000];
         while Instant::now() < end {
-            match nix::sys::socket::recv(self.socket.as_raw_fd(), &mut buffer, nix::sys::socket::MsgFlags::empty()) {
+            match nix::sys::socket::recv(
+                self.socket.as_raw_fd(),
+                &mut buffer,
+                nix::sys::socket::MsgFlags::empty(),
+            ) {
                 Ok(n) if wanted(&buffer[..n]) => return Some(buffer[..n].to_vec()),
                 Ok(_) => {}
                 Err(nix::errno::Errno::EAGAIN | nix::errno::Errno::EINTR) => {}
@@ -158,9 +173,11 @@ impl Tap {
     pub fn drain(&self) -> Vec<Vec<u8>> {
         let mut frames = Vec::new();
         let mut buffer = vec![0u8; 70_000];
-        while let Ok(n) =
-            nix::sys::socket::recv(self.socket.as_raw_fd(), &mut buffer, nix::sys::socket::MsgFlags::MSG_DONTWAIT)
-        {
+        while let Ok(n) = nix::sys::socket::recv(
+            self.socket.as_raw_fd(),
+            &mut buffer,
+            nix::sys::socket::MsgFlags::MSG_DONTWAIT,
+        ) {
             frames.push(buffer[..n].to_vec());
         }
         frames

@@ -103,7 +103,11 @@ impl Space {
             .args(["sh", "-c", command])
             .output()
             .unwrap();
-        assert!(out.status.success(), "{command}: {}", String::from_utf8_lossy(&out.stderr));
+        assert!(
+            out.status.success(),
+            "{command}: {}",
+            String::from_utf8_lossy(&out.stderr)
+        );
         String::from_utf8(out.stdout).unwrap()
     }
 
@@ -117,11 +121,19 @@ impl Space {
 }
 
 fn ip(arguments: &[&str], input: &str) {
-    let mut child =
-        Command::new("ip").args(arguments).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut child = Command::new("ip")
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
     child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
     let out = child.wait_with_output().unwrap();
-    assert!(out.status.success(), "ip {arguments:?} {input}: {}", String::from_utf8_lossy(&out.stderr));
+    assert!(
+        out.status.success(),
+        "ip {arguments:?} {input}: {}",
+        String::from_utf8_lossy(&out.stderr)
+    );
 }
 
 fn mac(bytes: [u8; 6]) -> String {
@@ -130,8 +142,15 @@ fn mac(bytes: [u8; 6]) -> String {
 
 impl Lab {
     pub fn new() -> Self {
-        assert!(nix::unistd::geteuid().is_root(), "these tests make network namespaces: run them as root");
-        let name = format!("sd-kernel-{}-{}", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed));
+        assert!(
+            nix::unistd::geteuid().is_root(),
+            "these tests make network namespaces: run them as root"
+        );
+        let name = format!(
+            "sd-kernel-{}-{}",
+            std::process::id(),
+            COUNTER.fetch_add(1, Ordering::Relaxed)
+        );
         let outside = Space::new(format!("{name}-out"));
         let router = Space::new(format!("{name}-rtr"));
         outside.ip(&format!(
@@ -151,7 +170,13 @@ impl Lab {
              route add default via {OUTSIDE_ADDRESS}\n",
         ));
         router.output("echo 1 > /proc/sys/net/ipv4/ip_forward");
-        Self { name, outside, router, pods: Vec::new(), bpffs: Bpffs::mount() }
+        Self {
+            name,
+            outside,
+            router,
+            pods: Vec::new(),
+            bpffs: Bpffs::mount(),
+        }
     }
 
     /// A pod's namespace and devices, up. Not attached yet.
@@ -228,8 +253,14 @@ pub struct Bpffs {
 impl Bpffs {
     fn mount() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        nix::mount::mount(Some("bpf"), directory.path(), Some("bpf"), nix::mount::MsFlags::empty(), None::<&str>)
-            .unwrap();
+        nix::mount::mount(
+            Some("bpf"),
+            directory.path(),
+            Some("bpf"),
+            nix::mount::MsFlags::empty(),
+            None::<&str>,
+        )
+        .unwrap();
         Self { directory }
     }
 
@@ -256,7 +287,12 @@ impl Pod {
     }
 
     fn attached(&self, mode: Mode) -> Device {
-        Device { name: self.device.clone(), mac: self.mac, address: self.address, mode }
+        Device {
+            name: self.device.clone(),
+            mac: self.mac,
+            address: self.address,
+            mode,
+        }
     }
 
     /// A frame as this pod may send it.
@@ -284,10 +320,19 @@ pub struct Proxy {
 impl Proxy {
     pub fn start(listeners: Listeners) -> Self {
         let mut tasks = JoinSet::new();
-        let Listeners { outbound, inbound, hbone, dns_udp, dns_tcp } = listeners;
-        for (name, listener) in
-            [("outbound", outbound), ("inbound", inbound), ("hbone", hbone), ("dns-tcp", dns_tcp)]
-        {
+        let Listeners {
+            outbound,
+            inbound,
+            hbone,
+            dns_udp,
+            dns_tcp,
+        } = listeners;
+        for (name, listener) in [
+            ("outbound", outbound),
+            ("inbound", inbound),
+            ("hbone", hbone),
+            ("dns-tcp", dns_tcp),
+        ] {
             let listener = tokio::net::TcpListener::from_std(listener).unwrap();
             tasks.spawn(async move {
                 let mut connections = JoinSet::new();
@@ -324,10 +369,14 @@ impl Proxy {
 fn answer_from(socket: &Socket, data: &[u8], to: SocketAddr, from: Ipv4Addr) {
     use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrIn, sendmsg};
     use std::os::fd::AsRawFd;
-    let SocketAddr::V4(to) = to else { panic!("not IPv4: {to}") };
+    let SocketAddr::V4(to) = to else {
+        panic!("not IPv4: {to}")
+    };
     let info = libc::in_pktinfo {
         ipi_ifindex: 0,
-        ipi_spec_dst: libc::in_addr { s_addr: u32::from(from).to_be() },
+        ipi_spec_dst: libc::in_addr {
+            s_addr: u32::from(from).to_be(),
+        },
         ipi_addr: libc::in_addr { s_addr: 0 },
     };
     let to = SockaddrIn::from(to);
@@ -389,7 +438,9 @@ pub fn serve(space: &Space, address: Ipv4Addr, port: u16) -> Server {
         while let Ok((mut stream, peer)) = listener.accept().await {
             let local = stream.local_addr().unwrap();
             connections.spawn(async move {
-                let _ = stream.write_all(format!("server {peer} {local}\n").as_bytes()).await;
+                let _ = stream
+                    .write_all(format!("server {peer} {local}\n").as_bytes())
+                    .await;
                 let (mut read, mut write) = stream.split();
                 let _ = tokio::io::copy(&mut read, &mut write).await;
             });

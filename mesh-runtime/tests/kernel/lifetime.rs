@@ -14,5 +14,9 @@ async fn attaching_is_quick() {
         times.push(start.elapsed());
     }
     times.sort();
-    println!("attach: p50 {:?}, p99 {:?}", times[times.len() / 2], times[times.len() - 1]);
+    println!(
+        "attach: p50 {:?}, p99 {:?}",
+        times[times.len() / 2],
+        times[times.len() - 1]
+    );
 }
