@@ -22,6 +22,8 @@ pub struct Cache {
 
 #[derive(Debug, thiserror::Error)]
 pub enum CacheError {
+    #[error("neither SPINDRIFT_CACHE nor XDG_CACHE_HOME nor HOME is set: nowhere to keep builds")]
+    NoHome,
     #[error("cannot use the cache directory {}", .path.display())]
     Directory {
         path: PathBuf,
@@ -34,6 +36,29 @@ pub enum CacheError {
         #[source]
         source: io::Error,
     },
+}
+
+/// `$SPINDRIFT_CACHE`, else `$XDG_CACHE_HOME/spindrift`, else
+/// `~/.cache/spindrift`: for programs without a command line, as tests are.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the one place that reads this environment outside a command line"
+)]
+pub fn standard() -> Result<PathBuf, CacheError> {
+    let set = |name: &str| {
+        std::env::var(name)
+            .ok()
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    let home = || {
+        Some(
+            set("XDG_CACHE_HOME")
+                .or_else(|| Some(set("HOME")?.join(".cache")))?
+                .join("spindrift"),
+        )
+    };
+    set("SPINDRIFT_CACHE").or_else(home).ok_or(CacheError::NoHome)
 }
 
 /// How many versions of a thing are kept, the newest first: going back and

@@ -19,14 +19,13 @@ use crate::{
     images::{self, Images},
     instance::Layout,
     process::Process,
+    registry,
     tool::{Tool, ToolError},
-    topology::{Host, REGISTRY, REGISTRY_PORT},
+    topology::Host,
 };
 
 /// Kubernetes' namespace inside containerd.
 const NAMESPACE: &str = "k8s.io";
-/// References under this name are pulled from the lab's own registry.
-pub const REGISTRY_NAME: &str = "registry.spindrift.local";
 
 #[derive(Debug, thiserror::Error)]
 pub enum ContainerdError {
@@ -93,7 +92,8 @@ impl Runtime {
         self.layout.host_state(&self.host.name).join("cni").join(what)
     }
 
-    fn certificates(&self) -> PathBuf {
+    /// How references are resolved to registries.
+    pub fn registries(&self) -> PathBuf {
         self.state().join("certs.d")
     }
 
@@ -120,11 +120,12 @@ impl Runtime {
             .and_then(|()| file::remove(&link))
             .and_then(|()| std::os::unix::fs::symlink(plugin, &link))
             .map_err(|source| ContainerdError::File { path: link, source })?;
-        let registry = format!("server = \"http://{REGISTRY}:{REGISTRY_PORT}\"\n");
-        write(
-            &self.certificates().join(REGISTRY_NAME).join("hosts.toml"),
-            registry,
-        )?;
+        for registry in registry::ALL {
+            write(
+                &self.registries().join(registry.name).join("hosts.toml"),
+                registry.hosts_toml(),
+            )?;
+        }
         let config = self.state().join("config.toml");
         write(&config, self.config())?;
 
@@ -149,7 +150,7 @@ impl Runtime {
             "plugins.'io.containerd.cri.v1.images'",
             "plugins.'io.containerd.cri.v1.runtime'",
         );
-        let registries = self.certificates();
+        let registries = self.registries();
         let mut text = format!(
             "version = 3
 root = '{root}'
@@ -158,7 +159,6 @@ imports = []
 disabled_plugins = [
   'io.containerd.internal.v1.opt',
   'io.containerd.internal.v1.tracing',
-  'io.containerd.image-verifier.v1.bindir',
   'io.containerd.nri.v1.nri',
   'io.containerd.snapshotter.v1.blockfile',
   'io.containerd.snapshotter.v1.btrfs',
@@ -167,6 +167,9 @@ disabled_plugins = [
   'io.containerd.snapshotter.v1.zfs',
   'io.containerd.tracing.processor.v1.otlp',
 ]
+
+# Rather no containerd than one without CRI.
+required_plugins = ['io.containerd.grpc.v1.cri']
 
 [grpc]
 address = '{socket}'
@@ -177,6 +180,10 @@ sandbox = '{pause}'
 config_path = '{registries}'
 [plugins.'io.containerd.transfer.v1.local']
 config_path = '{registries}'
+
+# The transfer service wants the plugin; there is nothing in its directory.
+[plugins.'io.containerd.image-verifier.v1.bindir']
+bin_dir = '{state}/image-verifiers'
 
 [{runtime}]
 # Without the capability to lower a score, runc would fail rather than go on.
@@ -209,7 +216,7 @@ Root = '{runc}'
         text
     }
 
-    fn runc_root(&self) -> PathBuf {
+    pub fn runc_root(&self) -> PathBuf {
         self.state().join("runc")
     }
 

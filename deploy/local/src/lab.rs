@@ -29,6 +29,7 @@ use crate::{
     pool::{self, PoolError, PoolPki},
     process::{self, Process},
     progress::Progress,
+    registry::{self, RegistryError},
     relay,
     tool::ToolError,
     topology::{API_SERVER, API_SERVER_PORT, Topology, TopologyError, VIRTUAL_NODE},
@@ -44,6 +45,8 @@ pub struct Options {
     pub build: Build,
     pub extent: Extent,
     pub cluster: ClusterSource,
+    /// Image registries inside the lab. See [`registry`].
+    pub registry: bool,
     /// Where built things are kept between runs.
     pub cache: PathBuf,
 }
@@ -58,6 +61,7 @@ impl Options {
             build: Build::Taken,
             extent: Extent::Whole,
             cluster: ClusterSource::Made,
+            registry: false,
             cache,
         }
     }
@@ -130,6 +134,8 @@ pub enum LabError {
     #[error(transparent)]
     Containerd(#[from] ContainerdError),
     #[error(transparent)]
+    Registry(#[from] RegistryError),
+    #[error(transparent)]
     Pool(#[from] PoolError),
     #[error(transparent)]
     Node(#[from] NodeError),
@@ -188,6 +194,14 @@ impl Lab {
             programs: &programs,
             progress,
         };
+        if options.registry {
+            for registry in registry::ALL {
+                registry
+                    .component(&layout, &topology.lab)?
+                    .start(&layout, START)
+                    .await?;
+            }
+        }
         let hosts = site.start_hosts(&runtimes, &images, options.extent);
         let ((cluster, endpoint, address), ()) = match &record.cluster {
             ClusterSource::Made => tokio::try_join!(site.make_cluster(&devcluster), hosts)?,
@@ -409,9 +423,10 @@ impl Site<'_> {
         let start = runtimes.iter().map(async |runtime| -> Result<(), LabError> {
             runtime.component(&plugin)?.start(self.layout, START).await?;
             runtime.import(images).await?;
-            pool::agent(self.layout, runtime, &pki, self.programs)?
-                .start(self.layout, START)
-                .await?;
+            if extent == Extent::Whole {
+                let agent = pool::agent(self.layout, runtime, &pki, self.programs)?;
+                agent.start(self.layout, START).await?;
+            }
             Ok(())
         });
         futures::future::try_join_all(start).await?;

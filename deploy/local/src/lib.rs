@@ -11,6 +11,7 @@
 
 pub mod artifacts;
 pub mod cache;
+pub mod capture;
 pub mod cluster;
 pub mod component;
 pub mod containerd;
@@ -25,6 +26,7 @@ pub mod pki;
 pub mod pool;
 pub mod process;
 pub mod progress;
+pub mod registry;
 pub mod relay;
 pub mod requirements;
 pub mod tool;

@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use spindrift_local::{
     Lab, Layout, Options, Progress,
     artifacts::{self, Profile},
-    cache::Cache,
+    cache::{self, Cache},
     component::Component,
     instance::InstanceName,
     lab::{self, Build, ClusterSource, Extent},
@@ -89,25 +89,16 @@ struct Instance {
 
 #[derive(Args)]
 struct Environment {
-    /// Where built things are kept
+    /// Where built things are kept; else in ~/.cache/spindrift
     #[arg(long, env = "SPINDRIFT_CACHE")]
     cache: Option<PathBuf>,
-    #[arg(long, env = "XDG_CACHE_HOME", hide = true)]
-    cache_home: Option<PathBuf>,
-    #[arg(long, env = "HOME", hide = true)]
-    home: Option<PathBuf>,
     #[arg(long, env = "PATH", hide = true, default_value = "")]
     search_path: String,
 }
 
 impl Environment {
     fn cache(&self) -> anyhow::Result<PathBuf> {
-        let home = || Some(self.home.as_ref()?.join(".cache"));
-        let standard = || Some(self.cache_home.clone().or_else(home)?.join("spindrift"));
-        self.cache
-            .clone()
-            .or_else(standard)
-            .context("no HOME: say where to keep builds with --cache")
+        Ok(self.cache.clone().map_or_else(cache::standard, Ok)?)
     }
 }
 
@@ -124,6 +115,9 @@ struct Up {
     /// or whole
     #[arg(long, default_value = "whole")]
     extent: Extent,
+    /// With image registries inside
+    #[arg(long)]
+    registry: bool,
     /// Run debug builds
     #[arg(long)]
     dev: bool,
@@ -199,6 +193,7 @@ async fn make(up: Up) -> anyhow::Result<()> {
         build: if up.no_build { Build::Taken } else { Build::Made },
         extent: up.extent,
         cluster: ClusterSource::Made,
+        registry: up.registry,
         cache: up.environment.cache()?,
     };
     let lab = Lab::up(&options, &progress).await?;

@@ -21,7 +21,6 @@ pub const API_SERVER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 pub const API_SERVER_PORT: u16 = 6443;
 /// Of the image registry, where an instance has one.
 pub const REGISTRY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 3);
-pub const REGISTRY_PORT: u16 = 5000;
 pub const VIRTUAL_NODE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 pub const POD_RANGE: &str = "10.77.0.0/16";
 pub const SERVICE_RANGE: &str = "10.96.0.0/16";

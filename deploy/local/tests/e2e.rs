@@ -1,0 +1,238 @@
+//! The lab itself, for real: namespaces, processes, containers. Needs root and
+//! what `deploy/local/tools` installs; fails where it cannot run.
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use k8s_openapi::api::core::v1::Namespace as KubeNamespace;
+use kube::Api;
+use spindrift_local::{
+    Lab, Layout, Options, Progress,
+    capture::Capture,
+    component::{Component, MARK},
+    images, instance, lab,
+    lab::Extent,
+    netns::Namespace,
+    process::Process,
+    registry,
+    tool::Tool,
+};
+
+fn options(instance: &str) -> Result<Options> {
+    let options = Options::for_tests(instance.parse()?, spindrift_local::cache::standard()?);
+    Ok(Options {
+        extent: Extent::Runtimes,
+        ..options
+    })
+}
+
+/// What an instance may have left: nothing of this may be there after `down`.
+fn remains(instance: &str) -> Result<Vec<String>> {
+    let layout = Layout::new(instance.parse()?);
+    let mut found: Vec<String> = Process::with_environment(MARK, instance)
+        .iter()
+        .map(|p| format!("{p:?}"))
+        .collect();
+    let prefix = layout.namespace_prefix();
+    found.extend(
+        Namespace::existing()
+            .iter()
+            .map(|n| n.name().to_owned())
+            .filter(|name| name.starts_with(&prefix)),
+    );
+    let directories = [layout.state(), layout.data()];
+    found.extend(
+        directories
+            .iter()
+            .filter(|d| d.exists())
+            .map(|d| d.display().to_string()),
+    );
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    found.extend(
+        mounts
+            .lines()
+            .filter(|m| {
+                directories
+                    .iter()
+                    .any(|d| m.contains(&format!("{}/", d.display())))
+            })
+            .map(str::to_owned),
+    );
+    Ok(found)
+}
+
+async fn api_answers(lab: &Lab) -> Result<()> {
+    let namespaces: Api<KubeNamespace> = Api::all(lab.client());
+    lab.cluster().wait_ready(Duration::from_secs(60)).await?;
+    namespaces
+        .get("default")
+        .await
+        .map(drop)
+        .context("the API server has no default namespace")
+}
+
+async fn run_container(lab: &Lab, host: &str, id: &str) -> Result<()> {
+    let runtime = lab.runtime(host).context("no such host")?;
+    let reference = images::BUSYBOX_IMAGE.reference;
+    runtime
+        .ctr()
+        .args(["run", "--detach", "--runc-root"])
+        .arg(runtime.runc_root())
+        .args([reference, id, "sleep", "1000"])
+        .run()
+        .await
+        .map(drop)
+        .context("no container")
+}
+
+#[tokio::test]
+async fn a_lab_mends_what_was_killed_keeps_apart_from_another_and_leaves_nothing() -> Result<()> {
+    let progress = Progress::silent();
+    let (one, other) = ("e2e-lab-1", "e2e-lab-2");
+    for instance in [one, other] {
+        lab::down(&instance.parse()?, &progress).await?;
+        ensure!(remains(instance)?.is_empty(), "left: {:?}", remains(instance)?);
+    }
+    let (first, second) = (options(one)?, options(other)?);
+    let (first_lab, second_lab) = tokio::try_join!(Lab::up(&first, &progress), Lab::up(&second, &progress))?;
+    // The same addresses, in namespaces of their own.
+    for lab in [&first_lab, &second_lab] {
+        api_answers(lab).await?;
+    }
+    run_container(&first_lab, "host-a", "c1").await?;
+
+    // A second `up` finds everything as it should be.
+    let processes = |lab: &Lab| -> Vec<i32> {
+        Component::all(lab.layout())
+            .iter()
+            .filter_map(|c| c.process(lab.layout()))
+            .map(|p| p.pid())
+            .collect()
+    };
+    let before = processes(&first_lab);
+    let first_lab = Lab::up(&first, &progress).await?;
+    assert_eq!(processes(&first_lab), before);
+
+    // Killed at once, and one lost with its pid file as in a crash of `up`.
+    for component in ["kube-apiserver", "containerd@host-a", "relay"] {
+        first_lab.kill(component).await?;
+    }
+    std::fs::remove_file(first_lab.layout().components().join("etcd.pid"))?;
+    first_lab.topology().hosts[1]
+        .namespace
+        .ip("link delete eth0")
+        .await?;
+    let first_lab = Lab::up(&first, &progress).await?;
+    api_answers(&first_lab).await?;
+    let other_host = first_lab.topology().hosts[1].address.to_string();
+    Tool::words("/bin/busybox ping -c 1 -W 5")
+        .arg(other_host)
+        .within(&first_lab.topology().hosts[0].namespace)
+        .run()
+        .await?;
+    ensure!(
+        Component::strays(first_lab.layout()).is_empty(),
+        "a second etcd was left"
+    );
+
+    // Other options than it was made with are refused, not half applied.
+    let differing = Options {
+        hosts: 3,
+        ..first.clone()
+    };
+    ensure!(
+        Lab::up(&differing, &progress)
+            .await
+            .is_err_and(|e| e.to_string().contains("other options"))
+    );
+
+    lab::down(&one.parse()?, &progress).await?;
+    assert_eq!(remains(one)?, Vec::<String>::new());
+    api_answers(&second_lab)
+        .await
+        .context("the other instance was harmed")?;
+    // With nobody to help: everything of it dead, its shim and container too.
+    run_container(&second_lab, "host-b", "c2").await?;
+    for process in Process::with_environment(MARK, other) {
+        process.end(Duration::ZERO).await;
+    }
+    lab::down(&other.parse()?, &progress).await?;
+    assert_eq!(remains(other)?, Vec::<String>::new());
+    ensure!(
+        !instance::Layout::existing()
+            .iter()
+            .any(|i| i.as_str() == one || i.as_str() == other)
+    );
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_image_is_pulled_from_the_registries_and_a_capture_sees_it() -> Result<()> {
+    let progress = Progress::silent();
+    let instance = "e2e-lab-3";
+    lab::down(&instance.parse()?, &progress).await?;
+    let lab = Lab::up(
+        &Options {
+            registry: true,
+            ..options(instance)?
+        },
+        &progress,
+    )
+    .await?;
+    registry::push(
+        &lab.topology().lab,
+        lab.images(),
+        images::BUSYBOX_IMAGE,
+        "busybox:pulled",
+    )
+    .await?;
+    let host = &lab.topology().hosts[0];
+    let runtime = lab.runtime(&host.name).context("no such host")?;
+    let pull = |registry: registry::Registry, user: Option<String>| {
+        let ctr = runtime
+            .ctr()
+            .args(["images", "pull", "--hosts-dir"])
+            .arg(runtime.registries());
+        let ctr = user
+            .into_iter()
+            .fold(ctr, |ctr, user| ctr.arg("--user").arg(user));
+        ctr.arg(format!("{}/busybox:pulled", registry.name)).run()
+    };
+    let capture = Capture::start(&lab, host, "pull").await?;
+    pull(registry::OPEN, None).await?;
+    let captured = capture.stop().await?;
+    ensure!(
+        captured.contains(b"/v2/busybox/manifests/pulled")?,
+        "the pull is not in the capture"
+    );
+    ensure!(!captured.packets("tcp port 5000").await?.is_empty());
+    ensure!(captured.packets("tcp port 15008").await?.is_empty());
+    ensure!(
+        pull(registry::PRIVATE, None).await.is_err(),
+        "pulled without credentials"
+    );
+    ensure!(
+        pull(registry::PRIVATE, Some(format!("{}:wrong", registry::USER)))
+            .await
+            .is_err(),
+        "pulled with wrong ones"
+    );
+    pull(
+        registry::PRIVATE,
+        Some(format!("{}:{}", registry::USER, registry::PASSWORD)),
+    )
+    .await?;
+    lab::down(&instance.parse()?, &progress).await?;
+    assert_eq!(remains(instance)?, Vec::<String>::new());
+    Ok(())
+}
+
+/// The programs this test starts are built by the same cargo, beside it.
+#[test]
+fn the_programs_of_a_lab_are_built() {
+    let programs = spindrift_local::artifacts::built(spindrift_local::artifacts::Profile::Dev);
+    for program in ["spindrift-local", "spindrift-cni", "pool-agent", "virtual-node"] {
+        let path: PathBuf = programs.program(program).unwrap();
+        assert!(path.is_file(), "{}", path.display());
+    }
+}
