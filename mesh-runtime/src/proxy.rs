@@ -5,7 +5,12 @@
 //! the listeners accept was put there by `redirect`; from then on a connection
 //! belongs to one task here until both of its ends are closed.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr},
+    sync::Arc,
+    time::Duration,
+};
 
 use mesh_api::{Identity, InvalidIdentity};
 use pool_agent_api::{HostName, SandboxKey, Tenant};
@@ -54,6 +59,7 @@ pub struct TenantProxy {
     tenant: Tenant,
     pods: std::sync::Mutex<std::collections::HashMap<SandboxKey, PodRecord>>,
     synced: watch::Sender<bool>,
+    services: watch::Sender<Arc<BTreeSet<Ipv4Addr>>>,
 }
 
 impl TenantProxy {
@@ -65,6 +71,7 @@ impl TenantProxy {
             tenant: config.tenant,
             pods: Default::default(),
             synced: watch::Sender::new(false),
+            services: watch::Sender::default(),
         })
     }
 
@@ -99,6 +106,13 @@ impl TenantProxy {
     /// here. It stays true through disconnects: stale state beats none.
     pub fn synced(&self) -> watch::Receiver<bool> {
         self.synced.subscribe()
+    }
+
+    /// The IPv4 addresses of all Services of the tenant, again whenever they
+    /// change: `runtime` gives them to the kernel, so that unmeshed pods' TCP to
+    /// them comes to the outbound listener too.
+    pub fn service_addresses(&self) -> watch::Receiver<Arc<BTreeSet<Ipv4Addr>>> {
+        self.services.subscribe()
     }
 
     /// Takes no new connection of the pod or to it, tells its tunnels so
