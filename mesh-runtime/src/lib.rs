@@ -1,9 +1,11 @@
 //! Mesh identity for the pods of one host, as a library that `pool-agent` embeds.
 
+pub mod attachment;
 pub mod control;
 pub mod identity;
 pub mod netns;
 pub mod pod;
 pub mod proxy;
 pub mod redirect;
+pub mod runtime;
 pub mod telemetry;

@@ -21,6 +21,9 @@ pub const MAX_PODS: usize = 1024;
 /// 70 bytes each); Kubernetes itself is tested to 10,000 Services.
 pub const MAX_SERVICES: usize = 16_384;
 
+/// Addresses of the host itself, IPv4, on all its devices.
+pub const MAX_HOST_ADDRESSES: usize = 256;
+
 /// A pod of this host.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,8 +112,8 @@ pub enum Reason {
     Malformed = 8,
     IpOptions = 9,
     Fragment = 10,
-    /// Loopback, multicast, broadcast, reserved or link-local: the host's, not
-    /// a pod's to reach.
+    /// Loopback, multicast, broadcast, reserved or link-local: nothing that is a
+    /// pod's to reach.
     Destination = 11,
     /// From outside, to an address that is no pod here.
     NoSuchPod = 12,
@@ -122,7 +125,8 @@ pub enum Reason {
     Protocol = 16,
     /// To a Service's address by something else than TCP.
     NotTcpToService = 17,
-    /// A new connection to an address of the router itself.
+    /// To an address of the host or of the router. What runs there is not the
+    /// tenant's; an answer to the host's own connection is no such packet.
     HostLocal = 18,
     /// The proxy's listener is gone: the agent is down.
     NoListener = 19,

@@ -43,6 +43,8 @@ pub trait Tables {
     fn mode(&self, address: u32) -> Option<u8>;
     /// Whether a Service has this address.
     fn is_service(&self, address: u32) -> bool;
+    /// Whether it is one of the host's own.
+    fn is_host(&self, address: u32) -> bool;
 }
 
 /// What the decision needs of a packet.
@@ -169,7 +171,7 @@ pub fn from_pod(pod: &PodEntry, settings: &Settings, packet: &Packet, tables: &i
         return match packet.protocol {
             TCP if packet.fragment => Drop(Reason::Fragment),
             TCP => Capture,
-            _ => Drop(Reason::Destination),
+            _ => Drop(Reason::HostLocal),
         };
     }
     if is_unreachable(packet.destination) {
@@ -195,6 +197,7 @@ fn from_enrolled(settings: &Settings, packet: &Packet, tables: &impl Tables) -> 
         UDP | ICMP if tables.is_service(packet.destination) || packet.destination == settings.dns => {
             Drop(Reason::NotTcpToService)
         }
+        UDP | ICMP if tables.is_host(packet.destination) => Drop(Reason::HostLocal),
         UDP | ICMP => Pass,
         _ => Drop(Reason::Protocol),
     }
@@ -218,6 +221,7 @@ fn from_unmeshed(settings: &Settings, packet: &Packet, tables: &impl Tables) -> 
                 _ => Drop(Reason::NotTcpToService),
             }
         }
+        None if tables.is_host(packet.destination) => Drop(Reason::HostLocal),
         None => Pass,
     }
 }
@@ -327,7 +331,7 @@ pub fn select(
     if arrival.protocol != TCP {
         return Selection::Ordinary;
     }
-    if is_router(settings, arrival.destination) {
+    if is_router(settings, arrival.destination) || tables.is_host(arrival.destination) {
         return Selection::Refuse(Reason::HostLocal);
     }
     if pod.mode == ENROLLED {

@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 
 use crate::{
-    abi::{MAX_PODS, MAX_SERVICES, PodEntry, Reason, Settings, slot},
+    abi::{MAX_HOST_ADDRESSES, MAX_PODS, MAX_SERVICES, PodEntry, Reason, Settings, slot},
     classify::Tables,
 };
 
@@ -24,6 +24,10 @@ static PODS_BY_ADDRESS: HashMap<u32, PodEntry, MAX_PODS> = HashMap::new();
 /// Addresses of Services; the value says nothing.
 #[btf_map]
 static SERVICES: HashMap<u32, u8, MAX_SERVICES, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+
+/// Addresses of the host and of the router; the value says nothing.
+#[btf_map]
+static HOST_ADDRESSES: HashMap<u32, u8, MAX_HOST_ADDRESSES> = HashMap::new();
 
 #[btf_map]
 static SETTINGS: Array<Settings, 1> = Array::new();
@@ -72,5 +76,11 @@ impl Tables for Maps {
     fn is_service(&self, address: u32) -> bool {
         // SAFETY: only the presence is looked at.
         unsafe { SERVICES.get(address) }.is_some()
+    }
+
+    #[inline(always)]
+    fn is_host(&self, address: u32) -> bool {
+        // SAFETY: only the presence is looked at.
+        unsafe { HOST_ADDRESSES.get(address) }.is_some()
     }
 }

@@ -43,7 +43,7 @@ use nix::{errno::Errno, net::if_::if_nametoindex};
 
 use super::{
     Drops,
-    abi::{self, MAX_PODS, MAX_SERVICES, PodEntry, Reason, SCHEMA, Settings, slot},
+    abi::{self, MAX_HOST_ADDRESSES, MAX_PODS, MAX_SERVICES, PodEntry, Reason, SCHEMA, Settings, slot},
     listeners::Listeners,
 };
 use crate::netns::Netns;
@@ -108,6 +108,8 @@ pub enum ProgramsError {
     NoDevice { name: String, source: Errno },
     #[error("address {address} is another pod's, on device {device}")]
     AddressTaken { address: Ipv4Addr, device: u32 },
+    #[error("{count} addresses of the host, more than the {MAX_HOST_ADDRESSES} there is room for")]
+    TooManyHostAddresses { count: usize },
     #[error("{count} Service addresses, more than the {MAX_SERVICES} there is room for")]
     TooManyServices { count: usize },
 }
@@ -131,8 +133,6 @@ pub(super) struct Programs {
     by_device: HashMap<MapData, u32, PodEntry>,
     by_address: HashMap<MapData, u32, PodEntry>,
     services: HashMap<MapData, u32, u8>,
-    /// What `services` holds, so that a change is written as a difference.
-    known_services: BTreeSet<u32>,
     drops: Arc<Drops>,
 }
 
@@ -162,8 +162,14 @@ impl Programs {
         router: Netns,
         uplink: String,
         settings: Settings,
+        host_addresses: &BTreeSet<u32>,
         listeners: &Listeners,
     ) -> Result<Self, ProgramsError> {
+        if host_addresses.len() > MAX_HOST_ADDRESSES {
+            return Err(ProgramsError::TooManyHostAddresses {
+                count: host_addresses.len(),
+            });
+        }
         let settings = Settings {
             uplink: index(&uplink)?,
             ..settings
@@ -189,31 +195,28 @@ impl Programs {
         let mut ebpf = loader.load(OBJECT).map_err(|source| ProgramsError::Load {
             source: Box::new(source),
         })?;
-        for (name, shape) in SHAPES {
-            if Shape::of(&mut ebpf, name)? != *shape {
+        for (name, wanted) in SHAPES {
+            if shape(&ebpf, name)? != *wanted {
                 return Err(ProgramsError::Shape {
                     path: maps.join(name),
                 });
             }
         }
 
+        // Every map has to stay open until the programs that name it are loaded.
         let mut router_settings: Array<MapData, Settings> = take(&mut ebpf, "SETTINGS")?;
         // Written only if it changed: a reader in the kernel could see half of it.
         if router_settings.get(&0, 0).map_err(read("SETTINGS"))? != settings {
             router_settings.set(0, settings, 0).map_err(write("SETTINGS"))?;
         }
-        let services: HashMap<MapData, u32, u8> = take(&mut ebpf, "SERVICES")?;
-        let known_services = services
-            .keys()
-            .collect::<Result<_, _>>()
-            .map_err(read("SERVICES"))?;
+        let mut hosts = take(&mut ebpf, "HOST_ADDRESSES")?;
+        replace(&mut hosts, host_addresses, "HOST_ADDRESSES")?;
         let mut slots: SockMap<MapData> = take(&mut ebpf, "LISTENERS")?;
         let mut programs = Self {
             by_device: take(&mut ebpf, "PODS_BY_DEVICE")?,
             by_address: take(&mut ebpf, "PODS_BY_ADDRESS")?,
             drops: Arc::new(Drops::new(take(&mut ebpf, "DROPS")?)),
-            services,
-            known_services,
+            services: take(&mut ebpf, "SERVICES")?,
             directory,
             router,
             uplink,
@@ -345,14 +348,7 @@ impl Programs {
                 count: addresses.len(),
             });
         }
-        for &gone in self.known_services.difference(addresses) {
-            remove(&mut self.services, gone, "SERVICES")?;
-        }
-        for &new in addresses.difference(&self.known_services) {
-            self.services.insert(new, 0, 0).map_err(write("SERVICES"))?;
-        }
-        self.known_services.clone_from(addresses);
-        Ok(())
+        replace(&mut self.services, addresses, "SERVICES")
     }
 
     /// Takes everything of this router out of the kernel. For a router that is
@@ -556,81 +552,27 @@ fn exists(device: u32) -> bool {
     name_of(device).is_some()
 }
 
-/// What a map must be like for these programs. The loader takes a pinned map
-/// for the one it would have made, whatever it is.
-#[derive(Debug, PartialEq, Eq)]
-struct Shape {
-    key: usize,
-    value: usize,
-    entries: usize,
-}
-
-const SHAPES: &[(&str, Shape)] = &[
-    (
-        "PODS_BY_DEVICE",
-        Shape {
-            key: 4,
-            value: size_of::<PodEntry>(),
-            entries: MAX_PODS,
-        },
-    ),
-    (
-        "PODS_BY_ADDRESS",
-        Shape {
-            key: 4,
-            value: size_of::<PodEntry>(),
-            entries: MAX_PODS,
-        },
-    ),
-    (
-        "SERVICES",
-        Shape {
-            key: 4,
-            value: 1,
-            entries: MAX_SERVICES,
-        },
-    ),
-    (
-        "SETTINGS",
-        Shape {
-            key: 4,
-            value: size_of::<Settings>(),
-            entries: 1,
-        },
-    ),
-    (
-        "LISTENERS",
-        Shape {
-            key: 4,
-            value: 4,
-            entries: slot::COUNT,
-        },
-    ),
-    (
-        "DROPS",
-        Shape {
-            key: 4,
-            value: 8,
-            entries: Reason::COUNT,
-        },
-    ),
+/// What each map must be like for these programs: sizes of a key and of a
+/// value, and the bound. The loader takes a pinned map for the one it would have
+/// made, whatever it is.
+const SHAPES: &[(&str, [usize; 3])] = &[
+    ("PODS_BY_DEVICE", [4, size_of::<PodEntry>(), MAX_PODS]),
+    ("PODS_BY_ADDRESS", [4, size_of::<PodEntry>(), MAX_PODS]),
+    ("SERVICES", [4, 1, MAX_SERVICES]),
+    ("HOST_ADDRESSES", [4, 1, MAX_HOST_ADDRESSES]),
+    ("SETTINGS", [4, size_of::<Settings>(), 1]),
+    ("LISTENERS", [4, 4, slot::COUNT]),
+    ("DROPS", [4, 8, Reason::COUNT]),
 ];
 
-impl Shape {
-    fn of(ebpf: &mut Ebpf, name: &'static str) -> Result<Self, ProgramsError> {
-        use aya::maps::Map;
-        let map = ebpf.map(name).ok_or(ProgramsError::Missing { name })?;
-        let (Map::Array(data) | Map::HashMap(data) | Map::PerCpuArray(data) | Map::SockMap(data)) = map
-        else {
-            return Err(ProgramsError::Missing { name });
-        };
-        let info = data.info().map_err(read(name))?;
-        Ok(Self {
-            key: info.key_size() as usize,
-            value: info.value_size() as usize,
-            entries: info.max_entries() as usize,
-        })
-    }
+fn shape(ebpf: &Ebpf, name: &'static str) -> Result<[usize; 3], ProgramsError> {
+    use aya::maps::Map;
+    let map = ebpf.map(name).ok_or(ProgramsError::Missing { name })?;
+    let (Map::Array(data) | Map::HashMap(data) | Map::PerCpuArray(data) | Map::SockMap(data)) = map else {
+        return Err(ProgramsError::Missing { name });
+    };
+    let info = data.info().map_err(read(name))?;
+    Ok([info.key_size(), info.value_size(), info.max_entries()].map(|size| size as usize))
 }
 
 fn take<T>(ebpf: &mut Ebpf, name: &'static str) -> Result<T, ProgramsError>
@@ -672,6 +614,22 @@ fn remove<V: aya::Pod>(
             source: Box::new(source),
         }),
     }
+}
+
+/// Makes the map's keys these, by writing the difference.
+fn replace(
+    map: &mut HashMap<MapData, u32, u8>,
+    keys: &BTreeSet<u32>,
+    name: &'static str,
+) -> Result<(), ProgramsError> {
+    let before: BTreeSet<u32> = map.keys().collect::<Result<_, _>>().map_err(read(name))?;
+    for &gone in before.difference(keys) {
+        remove(map, gone, name)?;
+    }
+    for &new in keys.difference(&before) {
+        map.insert(new, 0, 0).map_err(write(name))?;
+    }
+    Ok(())
 }
 
 fn read(name: &'static str) -> impl FnOnce(MapError) -> ProgramsError {

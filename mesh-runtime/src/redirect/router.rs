@@ -78,6 +78,8 @@ pub struct RouterConfig {
     pub local_pods: ipnet::Ipv4Net,
     /// The cluster DNS address.
     pub dns: Ipv4Addr,
+    /// The host's own addresses. Pods can't reach them, whatever they send.
+    pub host_addresses: Vec<Ipv4Addr>,
 }
 
 /// A tenant's router with redirection in place. Dropping it leaves the kernel's
@@ -163,7 +165,7 @@ impl Router {
 
     /// Takes programs, links and maps out of the kernel. Only for a router that
     /// is about to be deleted: its devices are not classified any more.
-    pub async fn close(self) -> Result<(), RouterError> {
+    pub async fn close(&self) -> Result<(), RouterError> {
         self.ask(Command::Close).await
     }
 
@@ -187,6 +189,7 @@ fn open(config: RouterConfig) -> Result<(Programs, Listeners), RouterError> {
         cluster_pods,
         local_pods,
         dns,
+        host_addresses,
     } = config;
     router.stay().map_err(|source| RouterError::Enter {
         netns: router.path().display().to_string(),
@@ -210,7 +213,8 @@ fn open(config: RouterConfig) -> Result<(Programs, Listeners), RouterError> {
         proxy_ports: PROXY_PORTS,
     };
     let directory = programs::directory(&bpffs, &tenant);
-    let programs = Programs::open(directory, router, uplink, settings, &listeners)?;
+    let host_addresses = host_addresses.into_iter().map(u32::from).collect();
+    let programs = Programs::open(directory, router, uplink, settings, &host_addresses, &listeners)?;
     Ok((programs, listeners))
 }
 

@@ -35,6 +35,8 @@ pub const DNS: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
 pub const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
 /// A pod on another host.
 pub const REMOTE_POD: Ipv4Addr = Ipv4Addr::new(10, 77, 2, 9);
+/// The host's own, in the underlay.
+pub const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 11);
 /// Somebody outside the cluster.
 pub const STRANGER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 5);
 pub const ROUTER_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 2, 2);
@@ -158,6 +160,7 @@ impl Lab {
              addr add {OUTSIDE_ADDRESS}/30 dev {UPLINK}\n\
              addr add {REMOTE_POD}/32 dev lo\n\
              addr add {STRANGER}/32 dev lo\n\
+             addr add {HOST}/32 dev lo\n\
              link set {UPLINK} up\n\
              route add 10.77.1.0/24 via {ROUTER_ADDRESS}\n",
             out = mac(OUTSIDE_MAC),
@@ -227,6 +230,7 @@ impl Lab {
             cluster_pods: "10.77.0.0/16".parse().unwrap(),
             local_pods: "10.77.1.0/24".parse().unwrap(),
             dns: DNS,
+            host_addresses: vec![HOST],
         }
     }
 
