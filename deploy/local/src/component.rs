@@ -41,6 +41,8 @@ pub struct Component {
 pub enum Ready {
     /// Accepts TCP connections in its namespace.
     Accepts(SocketAddr),
+    /// The same, of one that listens in another namespace than it starts in.
+    AcceptsWithin(Namespace, SocketAddr),
     /// Accepts connections on the Unix socket.
     Socket(PathBuf),
     /// As soon as it runs; somebody else asks further.
@@ -279,6 +281,7 @@ impl Component {
         match &self.ready {
             Ready::Runs => true,
             Ready::Socket(path) => std::os::unix::net::UnixStream::connect(path).is_ok(),
+            Ready::AcceptsWithin(namespace, address) => namespace.accepts(*address),
             Ready::Accepts(address) => match &self.namespace {
                 Some(namespace) => namespace.accepts(*address),
                 None => std::net::TcpStream::connect_timeout(address, Duration::from_millis(500)).is_ok(),

@@ -369,8 +369,8 @@ impl Site<'_> {
             .relay("relay")?
             .flag("listen", listen)
             .flag("listen-in", lab.name())
-            .flag("target", cluster.authority()?);
-        // Asked in the namespace it listens in, not in the one it started in.
+            .flag("target", cluster.authority()?)
+            .ready_when(Ready::AcceptsWithin(lab.clone(), listen));
         relay.start(layout, START).await?;
         if let Some(address) = node_address {
             let listen = SocketAddr::from((address, node::KUBELET_PORT));

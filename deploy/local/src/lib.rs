@@ -16,6 +16,7 @@ pub mod cluster;
 pub mod component;
 pub mod containerd;
 pub mod control_plane;
+pub mod demo;
 mod file;
 pub mod images;
 pub mod instance;
@@ -29,6 +30,7 @@ pub mod progress;
 pub mod registry;
 pub mod relay;
 pub mod requirements;
+pub mod status;
 pub mod tool;
 pub mod topology;
 

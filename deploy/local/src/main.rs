@@ -1,6 +1,10 @@
 //! The command behind `deploy/local/up`, `down`, `status` and `tools`.
 
-use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    process::ExitCode,
+};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
@@ -9,11 +13,13 @@ use spindrift_local::{
     artifacts::{self, Profile},
     cache::{self, Cache},
     component::Component,
+    demo::{self, Exec},
     instance::InstanceName,
     lab::{self, Build, ClusterSource, Extent},
     netns::Namespace,
     relay,
     requirements::{self, Purpose},
+    status::Status,
 };
 
 /// Spindrift on one machine: a Kubernetes control plane, a virtual node, a pool
@@ -106,15 +112,28 @@ impl Environment {
 struct Up {
     #[command(flatten)]
     instance: Instance,
+    /// Join the cluster of this kubeconfig instead of making one.
+    ///
+    /// Its user must be an administrator: the virtual node gets its own
+    /// certificate and a ClusterRole (deploy/local/manifests/rbac.yaml). The
+    /// API server is dialled from this machine. For logs and exec it has to
+    /// reach the node, too: see --node-address
+    #[arg(long, value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
+    /// With --kubeconfig: an address of this machine that the cluster's API
+    /// server can reach, on port 10250. Without it the virtual node works, but
+    /// kubectl logs and exec do not
+    #[arg(long, value_name = "IP", requires = "kubeconfig")]
+    node_address: Option<Ipv4Addr>,
     /// How many pool hosts
     #[arg(long, default_value_t = 2)]
     hosts: usize,
-    #[command(flatten)]
-    environment: Environment,
-    /// How much of it: control-plane, runtimes (also containerd on each host)
-    /// or whole
+    /// How much of it is started
     #[arg(long, default_value = "whole")]
     extent: Extent,
+    /// Do not run the demo
+    #[arg(long)]
+    no_demo: bool,
     /// With image registries inside
     #[arg(long)]
     registry: bool,
@@ -124,6 +143,8 @@ struct Up {
     /// Run our programs as they were last built
     #[arg(long)]
     no_build: bool,
+    #[command(flatten)]
+    environment: Environment,
 }
 
 fn main() -> ExitCode {
@@ -134,7 +155,32 @@ fn main() -> ExitCode {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .init();
-    match run(Command::parse()) {
+    let done = match Command::parse().verb {
+        Verb::Status(Instance { instance }) => return status(&instance),
+        // Moves the process between namespaces, so it comes before any thread.
+        Verb::Relay {
+            listen,
+            listen_in,
+            dial_in,
+            target,
+        } => {
+            let named = |name: Option<String>| name.map(Namespace::named);
+            relay::run(
+                named(listen_in).as_ref(),
+                listen,
+                named(dial_in).as_ref(),
+                &target,
+            )
+            .map_err(Into::into)
+        }
+        Verb::Up(up) => run(make(up)),
+        Verb::Down(Instance { instance }) => {
+            run(async move { Ok(lab::down(&instance, &Progress::stderr()).await?) })
+        }
+        Verb::Tools { what, environment } => run(tools(what, environment)),
+        Verb::Component { name, verb, instance } => run(component(name, verb, instance.instance)),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error   {error:#}");
@@ -143,37 +189,13 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> anyhow::Result<()> {
-    // Moves the process between namespaces, so it comes before any thread.
-    if let Verb::Relay {
-        listen,
-        listen_in,
-        dial_in,
-        target,
-    } = command.verb
-    {
-        let named = |name: Option<String>| name.map(Namespace::named);
-        return Ok(relay::run(
-            named(listen_in).as_ref(),
-            listen,
-            named(dial_in).as_ref(),
-            &target,
-        )?);
-    }
-    let runtime = tokio::runtime::Runtime::new().context("cannot start the runtime")?;
-    runtime.block_on(async {
-        match command.verb {
-            Verb::Up(up) => make(up).await,
-            Verb::Down(Instance { instance }) => Ok(lab::down(&instance, &Progress::stderr()).await?),
-            Verb::Status(Instance { instance }) => status(instance),
-            Verb::Tools { what, environment } => tools(what, &environment).await,
-            Verb::Component { name, verb, instance } => component(&name, verb, instance.instance).await,
-            Verb::Relay { .. } => unreachable!("dealt with above"),
-        }
-    })
+fn run(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    tokio::runtime::Runtime::new()
+        .context("cannot start the runtime")?
+        .block_on(work)
 }
 
-async fn tools(what: Tools, environment: &Environment) -> anyhow::Result<()> {
+async fn tools(what: Tools, environment: Environment) -> anyhow::Result<()> {
     let progress = Progress::stderr();
     requirements::ensure(Purpose::Tests, &environment.search_path, &progress).await?;
     if what == Tools::All {
@@ -185,36 +207,87 @@ async fn tools(what: Tools, environment: &Environment) -> anyhow::Result<()> {
 
 async fn make(up: Up) -> anyhow::Result<()> {
     let progress = Progress::stderr();
-    requirements::ensure(Purpose::Lab, &up.environment.search_path, &progress).await?;
+    let purpose = if up.registry { Purpose::Tests } else { Purpose::Lab };
+    requirements::ensure(purpose, &up.environment.search_path, &progress).await?;
+    let cluster = match up.kubeconfig {
+        None => ClusterSource::Made,
+        Some(kubeconfig) => {
+            let kubeconfig = std::path::absolute(kubeconfig).context("no current directory")?;
+            ClusterSource::Joined {
+                kubeconfig,
+                node_address: up.node_address,
+            }
+        }
+    };
     let options = Options {
         instance: up.instance.instance,
         hosts: up.hosts,
         profile: if up.dev { Profile::Dev } else { Profile::Release },
         build: if up.no_build { Build::Taken } else { Build::Made },
         extent: up.extent,
-        cluster: ClusterSource::Made,
+        cluster,
         registry: up.registry,
         cache: up.environment.cache()?,
     };
+    let exec = match &options.cluster {
+        ClusterSource::Joined {
+            node_address: None, ..
+        } => Exec::Unreachable,
+        ClusterSource::Made | ClusterSource::Joined { .. } => Exec::Works,
+    };
     let lab = Lab::up(&options, &progress).await?;
-    println!("export KUBECONFIG={}", lab.layout().kubeconfig().display());
-    Ok(())
-}
-
-fn status(instance: InstanceName) -> anyhow::Result<()> {
-    let layout = Layout::new(instance);
-    for component in Component::all(&layout) {
-        match component.process(&layout) {
-            Some(process) => println!("{:<28} runs   {}", component.name, process.pid()),
-            None => println!("{:<28} stopped", component.name),
-        }
+    if options.extent == Extent::Whole && !up.no_demo {
+        let shown = demo::run(&lab, exec, &progress).await?;
+        println!("\n{shown}");
     }
+    println!("{}", next_steps(&lab, !up.no_demo));
     Ok(())
 }
 
-async fn component(name: &str, verb: ComponentVerb, instance: InstanceName) -> anyhow::Result<()> {
+fn next_steps(lab: &Lab, demo: bool) -> String {
+    let layout = lab.layout();
+    let option = match layout.instance().as_str() {
+        "demo" => String::new(),
+        other => format!(" --instance {other}"),
+    };
+    let mut text = format!(
+        "Try next:\n  export KUBECONFIG={}\n",
+        layout.kubeconfig().display()
+    );
+    if layout.bin().join("kubectl").exists() {
+        text += &format!(
+            "  export PATH={}:$PATH    # has a kubectl\n",
+            layout.bin().display()
+        );
+    }
+    text += "  kubectl get nodes,pods -A -o wide\n";
+    if demo {
+        text += "  kubectl -n demo logs -f deploy/web\n\
+                 \x20 kubectl -n demo exec -it deploy/client -- sh    # then: wget -O - http://web/hostname\n\
+                 \x20 kubectl -n demo scale deployment web --replicas=20\n";
+    }
+    text += &format!(
+        "  deploy/local/status{option}\n  \
+         deploy/local/component pool-agent@host-a kill{option}    # and up again: start\n  \
+         deploy/local/down{option}"
+    );
+    text
+}
+
+fn status(instance: &InstanceName) -> ExitCode {
+    let status = Status::of(instance);
+    print!("{status}");
+    // As of `systemctl status`: 0 runs, 3 does not.
+    if status.whole() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::from(3)
+    }
+}
+
+async fn component(name: String, verb: ComponentVerb, instance: InstanceName) -> anyhow::Result<()> {
     let layout = Layout::new(instance);
-    let component = Component::find(&layout, name)?;
+    let component = Component::find(&layout, &name)?;
     match verb {
         ComponentVerb::Start => drop(
             component
