@@ -2,6 +2,12 @@
 //! for the hosts of the pool. `main` makes a [`Control`] and runs
 //! [`Control::serve`]; the hosts' mesh runtimes connect to it, nobody else.
 
+pub mod index;
+pub mod object;
+pub mod snapshot;
+pub mod subscription;
+pub mod translate;
+
 use std::{net::SocketAddr, path::PathBuf, sync::Arc};
 
 use prometheus_client::registry::Registry;
