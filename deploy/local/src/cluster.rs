@@ -14,7 +14,7 @@ use k8s_openapi::{
     ByteString,
     api::{
         certificates::v1::{CertificateSigningRequest, CertificateSigningRequestSpec},
-        core::v1::{ConfigMap, Node, ServiceAccount},
+        core::v1::{ConfigMap, Namespace, Node, ServiceAccount},
     },
 };
 use kube::{
@@ -234,6 +234,38 @@ impl Cluster {
         Ok(())
     }
 
+    /// Deletes an object that belongs to no namespace; `kind` is such as
+    /// `v1/Node` or `GROUP/v1/Kind`. One that is not there is fine.
+    pub async fn delete(&self, kind: &str, name: &str) -> Result<(), ClusterError> {
+        let (version, kind) = kind.rsplit_once('/').unwrap_or(("v1", kind));
+        let (group, version) = version.split_once('/').unwrap_or(("", version));
+        let resource = ApiResource::from_gvk(&GroupVersionKind::gvk(group, version, kind));
+        let api: Api<DynamicObject> = Api::all_with(self.client(), &resource);
+        match api.delete(name, &DeleteParams::default()).await {
+            Ok(_) => Ok(()),
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            Err(source) => Err(ClusterError::Request {
+                action: format!("delete {kind} {name}"),
+                source,
+            }),
+        }
+    }
+
+    /// Deletes a namespace and waits until all that was in it is gone.
+    pub async fn delete_namespace(&self, name: &str, limit: Duration) -> Result<(), ClusterError> {
+        self.delete("v1/Namespace", name).await?;
+        let namespaces: Api<Namespace> = Api::all(self.client());
+        wait(
+            &format!("the end of namespace {name}"),
+            limit,
+            async || match namespaces.get_opt(name).await.map_err(|e| e.to_string())? {
+                None => Ok(()),
+                Some(_) => Err("still terminating".to_owned()),
+            },
+        )
+        .await
+    }
+
     /// The same API server, asked as another user.
     pub fn as_user(&self, credential: &Credential) -> Result<Self, ClusterError> {
         let mut config = self.config.clone();
@@ -282,11 +314,9 @@ impl Cluster {
         };
         let approving: Api<CertificateSigningRequest> = Api::all(approver.client());
         // One of an earlier run was for a key that is lost.
-        match approving.delete(name, &DeleteParams::default()).await {
-            Ok(_) => {}
-            Err(kube::Error::Api(status)) if status.code == 404 => {}
-            Err(source) => return Err(refused("delete")(source)),
-        }
+        approver
+            .delete("certificates.k8s.io/v1/CertificateSigningRequest", name)
+            .await?;
         let object = CertificateSigningRequest {
             metadata: ObjectMeta {
                 name: Some(name.to_owned()),

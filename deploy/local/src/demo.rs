@@ -24,7 +24,7 @@ use crate::{
 };
 
 const MANIFEST: &str = include_str!("../manifests/demo.yaml");
-const NAMESPACE: &str = "demo";
+pub const NAMESPACE: &str = "demo";
 /// Images are imported already; the rest is pods starting on a busy machine.
 const ROLLOUT: Duration = Duration::from_secs(180);
 /// The Service balances over three replicas on two hosts, so the far host
@@ -265,7 +265,7 @@ async fn get(lab: &Lab, pod: &str, url: &str) -> Result<String, DemoError> {
 
 /// Runs a command in a pod's first container, as `kubectl exec` does, and
 /// returns what it printed.
-pub async fn exec(lab: &Lab, namespace: &str, pod: &str, command: &[&str]) -> Result<String, DemoError> {
+async fn exec(lab: &Lab, namespace: &str, pod: &str, command: &[&str]) -> Result<String, DemoError> {
     let line = || command.join(" ");
     let pods: Api<Pod> = Api::namespaced(lab.client(), namespace);
     let failed = |source| DemoError::Exec {

@@ -21,6 +21,7 @@ use crate::{
     component::{Component, ComponentError, Ready},
     containerd::{self, ContainerdError, Runtime},
     control_plane::{ControlPlane, ControlPlaneError, Endpoint, write_kubeconfig},
+    demo,
     file::{self, Mode},
     images::Images,
     instance::{InstanceName, Layout},
@@ -93,7 +94,8 @@ pub enum Extent {
 pub enum ClusterSource {
     /// One of the lab's own.
     Made,
-    /// The user's. See [`Options`] in the README for what must be reachable.
+    /// The user's. The API server is dialled from this machine; for logs and
+    /// exec it must reach `node_address`, one of this machine's, on port 10250.
     Joined {
         kubeconfig: PathBuf,
         node_address: Option<Ipv4Addr>,
@@ -148,6 +150,9 @@ pub enum LabError {
 /// How long a component may take to serve. Generous: two cores may be building
 /// other things.
 const START: Duration = Duration::from_secs(120);
+
+/// How long the demo's pods may take to end.
+const LEAVE: Duration = Duration::from_secs(60);
 
 /// A running lab.
 pub struct Lab {
@@ -466,6 +471,20 @@ impl Site<'_> {
 pub async fn down(instance: &InstanceName, progress: &Progress) -> Result<(), LabError> {
     let layout = Layout::new(instance.clone());
     let lock = hold(&layout, progress).await?;
+    if let Some(Record {
+        cluster: ClusterSource::Joined { .. },
+        ..
+    }) = Record::read(&layout)
+    {
+        let step = progress.step("Leave your cluster");
+        match leave(&layout).await {
+            Ok(()) => step.done(),
+            // Then it stays as it is there; that must not keep it here.
+            Err(error) => {
+                step.done_with(&format!("not all was removed there: {error}"));
+            }
+        }
+    }
     let step = progress.step(format!("Remove {instance}"));
     remove(&layout).await?;
     step.done();
@@ -479,6 +498,15 @@ pub async fn down(instance: &InstanceName, progress: &Progress) -> Result<(), La
         shared.parent().map(std::fs::remove_dir);
     }
     Ok(())
+}
+
+/// Takes the demo and the node out of the user's cluster, in this order: the
+/// virtual node still runs, and ends its pods as it should.
+async fn leave(layout: &Layout) -> Result<(), ClusterError> {
+    let cluster = Cluster::connect(&layout.kubeconfig()).await?;
+    let emptied = cluster.delete_namespace(demo::NAMESPACE, LEAVE).await;
+    // Pods that are left go with their Node: Kubernetes collects them.
+    node::leave(layout, &cluster).await.and(emptied)
 }
 
 async fn hold(layout: &Layout, progress: &Progress) -> Result<Flock<File>, LabError> {

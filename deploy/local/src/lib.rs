@@ -11,7 +11,6 @@
 
 pub mod artifacts;
 pub mod cache;
-pub mod capture;
 pub mod cluster;
 pub mod component;
 pub mod containerd;

@@ -208,3 +208,24 @@ pub async fn join(
         .input(kubeconfig)
         .ready_when(Ready::Accepts(config.kubelet_listen)))
 }
+
+/// Takes back what [`join`] gave: for a cluster that goes on without the node.
+/// What is not there is fine.
+pub async fn leave(layout: &Layout, cluster: &Cluster) -> Result<(), ClusterError> {
+    let node = layout.node_name();
+    let delete = |kind: &'static str, name: String| async move { cluster.delete(kind, &name).await };
+    delete("v1/Node", node.clone()).await?;
+    delete(
+        "rbac.authorization.k8s.io/v1/ClusterRoleBinding",
+        format!("spindrift:virtual-node:{node}"),
+    )
+    .await?;
+    for request in ["client", "serving"] {
+        delete(
+            "certificates.k8s.io/v1/CertificateSigningRequest",
+            format!("{node}-{request}"),
+        )
+        .await?;
+    }
+    Ok(())
+}

@@ -8,7 +8,6 @@ use k8s_openapi::api::core::v1::Namespace as KubeNamespace;
 use kube::Api;
 use spindrift_local::{
     Lab, Layout, Options, Progress,
-    capture::Capture,
     component::{Component, MARK},
     images, instance, lab,
     lab::Extent,
@@ -167,7 +166,8 @@ async fn a_lab_mends_what_was_killed_keeps_apart_from_another_and_leaves_nothing
 }
 
 #[tokio::test]
-async fn an_image_is_pulled_from_the_registries_and_a_capture_sees_it() -> Result<()> {
+async fn an_image_is_pulled_from_the_registries_and_from_the_private_one_only_with_its_password() -> Result<()>
+{
     let progress = Progress::silent();
     let instance = "e2e-lab-3";
     lab::down(&instance.parse()?, &progress).await?;
@@ -198,15 +198,7 @@ async fn an_image_is_pulled_from_the_registries_and_a_capture_sees_it() -> Resul
             .fold(ctr, |ctr, user| ctr.arg("--user").arg(user));
         ctr.arg(format!("{}/busybox:pulled", registry.name)).run()
     };
-    let capture = Capture::start(&lab, host, "pull").await?;
     pull(registry::OPEN, None).await?;
-    let captured = capture.stop().await?;
-    ensure!(
-        captured.contains(b"/v2/busybox/manifests/pulled")?,
-        "the pull is not in the capture"
-    );
-    ensure!(!captured.packets("tcp port 5000").await?.is_empty());
-    ensure!(captured.packets("tcp port 15008").await?.is_empty());
     ensure!(
         pull(registry::PRIVATE, None).await.is_err(),
         "pulled without credentials"
