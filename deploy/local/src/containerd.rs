@@ -253,51 +253,84 @@ Root = '{runc}'
     }
 }
 
-/// Ends all containers and shims of an instance and removes their cgroups,
-/// whether or not a containerd is there to help. The containerds must be gone:
-/// they would start shims again.
+/// Ends all containers and shims of an instance and removes their cgroups and
+/// sockets, whether or not a containerd is there to help. The containerds must
+/// be gone: they would start shims again.
 pub async fn remove_containers(layout: &Layout, hosts: impl IntoIterator<Item = String>) {
     for host in hosts {
-        let root = layout.host_state(&host).join("containerd/runc").join(NAMESPACE);
-        let containers = std::fs::read_dir(&root).into_iter().flatten().flatten();
-        let removals = containers.map(|container| {
+        let state = layout.host_state(&host).join("containerd");
+        let bundles: Vec<PathBuf> = entries(&state.join("io.containerd.runtime.v2.task").join(NAMESPACE));
+        let cgroups: Vec<PathBuf> = bundles.iter().filter_map(|bundle| cgroup(bundle)).collect();
+        let sockets: Vec<PathBuf> = bundles.iter().filter_map(|bundle| shim_socket(bundle)).collect();
+        let root = state.join("runc").join(NAMESPACE);
+        let removals = entries(&root).into_iter().map(|container| {
             let runc = Tool::new("runc")
                 .arg("--root")
                 .arg(&root)
                 .args(["delete", "--force"]);
             // One that a crash left half made is dealt with by its shim's end
             // and the removal of its files.
-            async move { drop(runc.arg(container.file_name()).run().await) }
+            async move { drop(runc.arg(container.file_name().unwrap_or_default()).run().await) }
         });
         futures::future::join_all(removals).await;
+        let instance = layout.instance().as_str();
+        let mut shims = Process::with_environment(crate::component::MARK, instance);
+        shims.retain(|process| process.is_shim() && process.mentions(&state));
+        futures::future::join_all(shims.iter().map(|shim| shim.end(Duration::ZERO))).await;
+        for socket in sockets {
+            // Most went with their shim.
+            file::remove(&socket).ok();
+        }
+        for cgroup in cgroups {
+            remove_cgroup(&cgroup);
+        }
     }
-    let shims = Process::with_environment(crate::component::MARK, layout.instance().as_str());
-    futures::future::join_all(
-        shims
-            .iter()
-            .filter(|p| p.is_shim())
-            .map(|shim| shim.end(Duration::ZERO)),
-    )
-    .await;
 }
 
-/// Sockets of shims lie in a directory that all containerds share; a killed
-/// shim leaves its own there. The bundles tell which were ours.
-pub fn remove_shim_sockets(layout: &Layout, hosts: impl IntoIterator<Item = String>) {
-    for host in hosts {
-        let bundles = layout
-            .host_state(&host)
-            .join("containerd/io.containerd.runtime.v2.task")
-            .join(NAMESPACE);
-        for bundle in std::fs::read_dir(bundles).into_iter().flatten().flatten() {
-            let told = std::fs::read(bundle.path().join("bootstrap.json")).unwrap_or_default();
-            let told: serde_json::Value = serde_json::from_slice(&told).unwrap_or_default();
-            let socket = told["address"]
-                .as_str()
-                .and_then(|address| address.strip_prefix("unix://"));
-            if let Some(socket) = socket {
-                // Most went with their shim.
-                file::remove(Path::new(socket)).ok();
+fn entries(directory: &Path) -> Vec<PathBuf> {
+    std::fs::read_dir(directory)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .collect()
+}
+
+fn json(path: &Path) -> serde_json::Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap_or_default()).unwrap_or_default()
+}
+
+/// What the container's specification says, as an absolute path in each
+/// hierarchy.
+fn cgroup(bundle: &Path) -> Option<PathBuf> {
+    let specification = json(&bundle.join("config.json"));
+    let path = Path::new(specification["linux"]["cgroupsPath"].as_str()?);
+    path.strip_prefix("/").ok().map(Path::to_owned)
+}
+
+/// A shim's socket lies in a directory that all containerds share.
+fn shim_socket(bundle: &Path) -> Option<PathBuf> {
+    let told = json(&bundle.join("bootstrap.json"));
+    told["address"]
+        .as_str()?
+        .strip_prefix("unix://")
+        .map(PathBuf::from)
+}
+
+/// Removes a cgroup and those above it that are empty then: the pod's, the
+/// class's. The kernel refuses for one that is in use.
+fn remove_cgroup(path: &Path) {
+    let root = Path::new("/sys/fs/cgroup");
+    let hierarchies = match root.join("cgroup.controllers").exists() {
+        true => vec![root.to_owned()],
+        false => entries(root),
+    };
+    for hierarchy in hierarchies {
+        for path in path.ancestors().filter(|path| !path.as_os_str().is_empty()) {
+            if std::fs::remove_dir(hierarchy.join(path))
+                .is_err_and(|e| e.kind() != std::io::ErrorKind::NotFound)
+            {
+                break;
             }
         }
     }

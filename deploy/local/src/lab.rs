@@ -545,7 +545,6 @@ async fn remove(layout: &Layout) -> Result<(), LabError> {
             })
     };
     containerd::remove_containers(layout, hosts()).await;
-    containerd::remove_shim_sockets(layout, hosts());
     for straggler in Process::with_environment(crate::component::MARK, layout.instance().as_str()) {
         straggler.end(Duration::ZERO).await;
     }

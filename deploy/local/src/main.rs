@@ -1,6 +1,7 @@
 //! The command behind `deploy/local/up`, `down`, `status` and `tools`.
 
 use std::{
+    io::IsTerminal,
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
     process::ExitCode,
@@ -153,6 +154,7 @@ fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::new("info,kube_client=off");
     tracing_subscriber::fmt()
         .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr)
         .init();
     let done = match Command::parse().verb {

@@ -4,7 +4,10 @@
 //! to somebody else. The start time the kernel recorded for the process and
 //! the id of this boot settle it, so nothing is ever killed by mistake.
 
-use std::time::{Duration, Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use nix::{sys::signal::Signal, unistd::Pid};
 use serde::{Deserialize, Serialize};
@@ -57,12 +60,23 @@ impl Process {
 
     /// Whether it is a containerd shim, which holds a pod's containers.
     pub fn is_shim(&self) -> bool {
+        let line = self.command_line();
+        let program = line.first().and_then(|program| program.rsplit('/').next());
+        program.is_some_and(|name| name.starts_with("containerd-shim"))
+    }
+
+    /// Whether a word of its command line is the path or below it.
+    pub fn mentions(&self, path: &Path) -> bool {
+        self.command_line()
+            .iter()
+            .any(|word| Path::new(word).starts_with(path))
+    }
+
+    fn command_line(&self) -> Vec<String> {
         let line = std::fs::read(format!("/proc/{}/cmdline", self.pid)).unwrap_or_default();
-        let program = line.split(|b| *b == 0).next().unwrap_or_default();
-        String::from_utf8_lossy(program)
-            .rsplit('/')
-            .next()
-            .is_some_and(|name| name.starts_with("containerd-shim"))
+        line.split(|b| *b == 0)
+            .map(|word| String::from_utf8_lossy(word).into_owned())
+            .collect()
     }
 
     /// Nothing happens if it is gone.

@@ -98,7 +98,7 @@ async fn a_lab_mends_what_was_killed_keeps_apart_from_another_and_leaves_nothing
     for lab in [&first_lab, &second_lab] {
         api_answers(lab).await?;
     }
-    run_container(&first_lab, "host-a", "c1").await?;
+    run_container(&first_lab, "host-a", "e2e-lab-c1").await?;
 
     // A second `up` finds everything as it should be.
     let processes = |lab: &Lab| -> Vec<i32> {
@@ -151,7 +151,7 @@ async fn a_lab_mends_what_was_killed_keeps_apart_from_another_and_leaves_nothing
         .await
         .context("the other instance was harmed")?;
     // With nobody to help: everything of it dead, its shim and container too.
-    run_container(&second_lab, "host-b", "c2").await?;
+    run_container(&second_lab, "host-b", "e2e-lab-c2").await?;
     for process in Process::with_environment(MARK, other) {
         process.end(Duration::ZERO).await;
     }
