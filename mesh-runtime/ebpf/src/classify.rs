@@ -13,6 +13,9 @@ use super::abi::{ENROLLED, PodEntry, Reason, Settings, slot};
 /// ICMP's type. No legal packet that could pass is shorter.
 pub const HEADERS: usize = 14 + 20 + 8;
 
+/// Where TCP has its flags.
+pub const TCP_FLAGS: usize = 14 + 20 + 13;
+
 /// Where an ICMP error holds the protocol of the packet it quotes.
 pub const QUOTED_PROTOCOL: usize = HEADERS + 9;
 
@@ -60,6 +63,9 @@ pub struct Packet {
     pub destination_port: u16,
     /// Not another protocol's: 0.
     pub icmp_type: u8,
+    /// Not another protocol's: 0. Not among the headers that [`parse`] reads,
+    /// for a datagram may end before them.
+    pub tcp_flags: u8,
 }
 
 #[inline(always)]
@@ -97,6 +103,7 @@ pub fn parse(f: &[u8; HEADERS]) -> Result<Packet, Reason> {
             0
         },
         icmp_type: if protocol == ICMP { f[34] } else { 0 },
+        tcp_flags: 0,
     })
 }
 
@@ -106,6 +113,13 @@ impl Packet {
     #[inline(always)]
     pub fn is_icmp_error(&self) -> bool {
         self.protocol == ICMP && !self.fragment && matches!(self.icmp_type, 3 | 11 | 12)
+    }
+
+    /// Whether it asks for a listener: a SYN without ACK, or a datagram. All
+    /// else belongs to a connection.
+    #[inline(always)]
+    pub fn is_opening(&self) -> bool {
+        self.protocol == UDP || (self.protocol == TCP && self.tcp_flags & 0x12 == 0x02)
     }
 
     /// Echo and errors. Redirects, timestamps, router advertisements and the
@@ -283,7 +297,7 @@ pub fn from_uplink(settings: &Settings, packet: &Packet, quoted: u8, tables: &im
     }
 }
 
-/// A packet for which the router has no connection.
+/// A packet that asks for a listener.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Arrival {
     /// Index of the device it came in by.
@@ -300,6 +314,18 @@ pub enum Selection {
     /// The listener in this slot, or nothing if the slot is empty.
     Slot(u32),
     Refuse(Reason),
+}
+
+impl Packet {
+    #[inline(always)]
+    pub fn arrival(&self, device: u32) -> Arrival {
+        Arrival {
+            device,
+            protocol: self.protocol,
+            destination: self.destination,
+            port: self.destination_port,
+        }
+    }
 }
 
 /// Which listener a new connection or datagram goes to. `pod` is the one whose

@@ -13,9 +13,9 @@ use aya_ebpf::{
 };
 
 use crate::{
-    abi::{MARK, Reason},
-    classify::{HEADERS, Packet, QUOTED_PROTOCOL, Verdict, parse},
-    maps,
+    abi::{MARK, PodEntry, Reason, Settings},
+    classify::{HEADERS, Packet, QUOTED_PROTOCOL, Selection, TCP, TCP_FLAGS, Verdict, parse, select},
+    maps::{self, Maps},
 };
 
 /// `skb->pkt_type` of a frame addressed to the device it came in by.
@@ -59,7 +59,10 @@ impl Frame {
             return Err(Reason::Vlan);
         }
         let headers: [u8; HEADERS] = self.context.load(0).map_err(|_| Reason::Malformed)?;
-        let packet = parse(&headers)?;
+        let mut packet = parse(&headers)?;
+        if packet.protocol == TCP {
+            packet.tcp_flags = self.context.load(TCP_FLAGS).map_err(|_| Reason::Malformed)?;
+        }
         // SAFETY: as above.
         if unsafe { (*self.skb()).pkt_type } != PACKET_HOST {
             return Err(Reason::NotForThisHost);
@@ -109,6 +112,23 @@ impl Frame {
             let connected = (*socket).state != TCP_LISTEN;
             bpf_sk_release(socket.cast());
             connected
+        }
+    }
+
+    /// For a packet that is the proxy's: one that asks for a listener is dropped
+    /// here if there is none to have. The socket look-up could only have it
+    /// answered with a reset, and an agent that is back before the next SYN
+    /// would not have been missed.
+    #[inline(always)]
+    pub fn only_if_heard(&self, packet: &Packet, pod: Option<&PodEntry>, settings: &Settings) -> Verdict {
+        if !packet.is_opening() {
+            return Verdict::Capture;
+        }
+        match select(pod, settings, &packet.arrival(self.device()), &Maps) {
+            Selection::Slot(slot) if maps::has_listener(slot) => Verdict::Capture,
+            Selection::Slot(_) => Verdict::Drop(Reason::NoListener),
+            Selection::Refuse(reason) => Verdict::Drop(reason),
+            Selection::Ordinary => Verdict::Capture,
         }
     }
 

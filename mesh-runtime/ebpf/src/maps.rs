@@ -4,6 +4,7 @@
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     btf_maps::{Array, HashMap, PerCpuArray, SockMap},
+    helpers::{bpf_map_lookup_elem, bpf_sk_release},
     macros::btf_map,
 };
 
@@ -39,6 +40,21 @@ pub static LISTENERS: SockMap<{ slot::COUNT }> = SockMap::new();
 /// Packets dropped, by reason.
 #[btf_map]
 static DROPS: PerCpuArray<u64, { Reason::COUNT }> = PerCpuArray::new();
+
+/// Whether somebody listens there.
+#[inline(always)]
+pub fn has_listener(slot: u32) -> bool {
+    // SAFETY: the map and the key outlive the call, and the socket it may give
+    // is released at once, as the verifier demands.
+    unsafe {
+        let socket = bpf_map_lookup_elem((&raw const LISTENERS).cast_mut().cast(), (&raw const slot).cast());
+        if socket.is_null() {
+            return false;
+        }
+        bpf_sk_release(socket);
+        true
+    }
+}
 
 #[inline(always)]
 pub fn pod_on_device(device: u32) -> Option<&'static PodEntry> {

@@ -23,7 +23,10 @@ fn verdict(frame: &Frame) -> Verdict {
         return Verdict::Drop(Reason::UnknownDevice);
     };
     match frame.headers() {
-        Ok(packet) => from_pod(pod, settings, &packet, &Maps),
+        Ok(packet) => match from_pod(pod, settings, &packet, &Maps) {
+            Verdict::Capture => frame.only_if_heard(&packet, Some(pod), settings),
+            verdict => verdict,
+        },
         Err(reason) => Verdict::Drop(reason),
     }
 }

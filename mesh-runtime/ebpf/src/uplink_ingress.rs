@@ -29,7 +29,10 @@ fn verdict(frame: &Frame) -> Verdict {
             } else {
                 0
             };
-            from_uplink(settings, &packet, quoted, &Maps)
+            match from_uplink(settings, &packet, quoted, &Maps) {
+                Verdict::Capture => frame.only_if_heard(&packet, None, settings),
+                verdict => verdict,
+            }
         }
         // The host is no pod: the router and it may ask each other's address.
         Err(Reason::Arp) => Verdict::Pass,

@@ -545,7 +545,9 @@ fn index(name: &str) -> Result<u32, ProgramsError> {
 }
 
 fn name_of(device: u32) -> Option<String> {
-    nix::net::if_::if_indextoname(device).ok()?.into_string().ok()
+    // For one that is not there the wrapper gives an empty name, not an error.
+    let name = nix::net::if_::if_indextoname(device).ok()?.into_string().ok()?;
+    (!name.is_empty()).then_some(name)
 }
 
 fn exists(device: u32) -> bool {

@@ -196,7 +196,7 @@ fn open(config: RouterConfig) -> Result<(Programs, Listeners), RouterError> {
         source,
     })?;
     routing::set_sysctls()?;
-    let listeners = Listeners::open()?;
+    let listeners = Listeners::open(dns)?;
     let settings = Settings {
         cluster_pods: range(cluster_pods),
         local_pods: range(local_pods),

@@ -117,6 +117,24 @@ impl Space {
         self.run(|| TcpStream::connect_timeout(&SocketAddr::V4(SocketAddrV4::new(to.0, to.1)), within))
     }
 
+    /// As the proxy dials: with an address that is not this namespace's.
+    pub fn dial(&self, source: Ipv4Addr, to: (Ipv4Addr, u16)) -> std::io::Result<TcpStream> {
+        self.run(|| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+            socket.set_ip_transparent_v4(true)?;
+            nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?;
+            socket.bind(&SocketAddr::from((source, 0)).into())?;
+            socket.connect_timeout(&SocketAddr::from(to).into(), DEADLINE)?;
+            Ok(socket.into())
+        })
+    }
+
+    pub fn udp(&self, address: Ipv4Addr, port: u16) -> std::net::UdpSocket {
+        let socket = self.run(|| std::net::UdpSocket::bind((address, port)).unwrap());
+        socket.set_read_timeout(Some(DEADLINE)).unwrap();
+        socket
+    }
+
     pub fn tap(&self, device: &str) -> crate::frame::Tap {
         self.run(|| crate::frame::Tap::open(device).unwrap())
     }
@@ -318,11 +336,16 @@ impl Pod {
 /// Stands in for the proxy: tells each connection which listener took it and
 /// between which addresses, then echoes. Dropping it is the agent's death.
 pub struct Proxy {
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
 }
 
 impl Proxy {
     pub fn start(listeners: Listeners) -> Self {
+        Self::tagged(listeners, "")
+    }
+
+    /// One that adds `tag` to its listeners' names.
+    pub fn tagged(listeners: Listeners, tag: &'static str) -> Self {
         let mut tasks = JoinSet::new();
         let Listeners {
             outbound,
@@ -343,7 +366,7 @@ impl Proxy {
                 while let Ok((mut stream, peer)) = listener.accept().await {
                     let local = stream.local_addr().unwrap();
                     connections.spawn(async move {
-                        let greeting = format!("{name} {peer} {local}\n");
+                        let greeting = format!("{name}{tag} {peer} {local}\n");
                         let _ = stream.write_all(greeting.as_bytes()).await;
                         let mut buffer = vec![0; 4096];
                         while let Ok(n @ 1..) = stream.read(&mut buffer).await {
@@ -361,37 +384,16 @@ impl Proxy {
             let mut buffer = vec![0; 4096];
             while let Ok((n, peer)) = dns.recv_from(&mut buffer).await {
                 let answer = [format!("dns-udp {peer} ").as_bytes(), &buffer[..n]].concat();
-                let socket = socket2::SockRef::from(&dns);
-                answer_from(&socket, &answer, peer, DNS);
+                dns.send_to(&answer, peer).await.unwrap();
             }
         });
-        Self { _tasks: tasks }
+        Self { tasks }
     }
-}
 
-/// Sends a datagram from an address that is not the host's own.
-fn answer_from(socket: &Socket, data: &[u8], to: SocketAddr, from: Ipv4Addr) {
-    use nix::sys::socket::{ControlMessage, MsgFlags, SockaddrIn, sendmsg};
-    use std::os::fd::AsRawFd;
-    let SocketAddr::V4(to) = to else {
-        panic!("not IPv4: {to}")
-    };
-    let info = libc::in_pktinfo {
-        ipi_ifindex: 0,
-        ipi_spec_dst: libc::in_addr {
-            s_addr: u32::from(from).to_be(),
-        },
-        ipi_addr: libc::in_addr { s_addr: 0 },
-    };
-    let to = SockaddrIn::from(to);
-    sendmsg(
-        socket.as_raw_fd(),
-        &[std::io::IoSlice::new(data)],
-        &[ControlMessage::Ipv4PacketInfo(&info)],
-        MsgFlags::empty(),
-        Some(&to),
-    )
-    .unwrap();
+    /// The agent's death: its sockets are closed when this returns.
+    pub async fn die(mut self) {
+        self.tasks.shutdown().await;
+    }
 }
 
 /// What the proxy said of the connection.
