@@ -231,6 +231,36 @@ pub async fn images(cache: &Cache, progress: &Progress) -> Result<Images, Artifa
     Ok(Images::in_directory(directory))
 }
 
+/// An image of busybox and one program of ours, as an archive to import: for
+/// tests, which bring their own tools into pods.
+pub async fn program_image(
+    cache: &Cache,
+    image: images::Image,
+    source: &Path,
+    progress: &Progress,
+) -> Result<PathBuf, ArtifactError> {
+    let what = "a test image";
+    let step = progress.step(format!("Build {what}"));
+    let rustc = Tool::words("rustc --version")
+        .directory(workspace())
+        .run()
+        .await
+        .map_err(|source| ArtifactError::Build { what, source })?;
+    let key = Key::default()
+        .text(images::REVISION)
+        .text(image.reference)
+        .text(&rustc)
+        .file(source)?
+        .file(Path::new(images::BUSYBOX))?;
+    let directory = cache
+        .ensure::<ArtifactError>(image.name, key, &step, async |directory: &Path| {
+            images::build_program(directory, image, source).await
+        })
+        .await?;
+    step.done_quietly();
+    Ok(directory.join(format!("{}.tar", image.name)))
+}
+
 /// Links to all of it in one directory that stays where it is: for tests of a
 /// single crate, and for people.
 pub async fn tools(cache: &Cache, progress: &Progress) -> Result<PathBuf, ArtifactError> {

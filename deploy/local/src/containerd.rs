@@ -16,7 +16,7 @@ use crate::{
     artifacts::Containerd,
     component::{Component, Ready},
     file::{self, Mode},
-    images::{self, Images},
+    images::{self, Image, Images},
     instance::Layout,
     process::Process,
     registry,
@@ -236,20 +236,26 @@ Root = '{runc}'
             return Ok(());
         }
         for image in images::ALL {
-            self.ctr()
-                .args(["images", "import", "--local"])
-                .arg(images.archive(image))
-                .limit(Duration::from_secs(300))
-                .run()
-                .await
-                .map_err(|source| ContainerdError::Import {
-                    image: image.reference,
-                    host: self.host.name.clone(),
-                    source,
-                })?;
+            self.import_archive(image, &images.archive(image)).await?;
         }
         file::write(&mark, images.version(), Mode::Public)
             .map_err(|source| ContainerdError::File { path: mark, source })
+    }
+
+    /// Imports one image from its archive.
+    pub async fn import_archive(&self, image: Image, archive: &Path) -> Result<(), ContainerdError> {
+        self.ctr()
+            .args(["images", "import", "--local"])
+            .arg(archive)
+            .limit(Duration::from_secs(300))
+            .run()
+            .await
+            .map(drop)
+            .map_err(|source| ContainerdError::Import {
+                image: image.reference,
+                host: self.host.name.clone(),
+                source,
+            })
     }
 }
 

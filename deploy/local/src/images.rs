@@ -79,13 +79,7 @@ pub(crate) async fn build(
     };
     step.note("busybox");
     let root = directory.join("root.busybox");
-    tree(&root, &["bin", "etc", "tmp"])?;
-    std::fs::copy(BUSYBOX, root.join("bin/busybox"))?;
-    let applets = Tool::new(BUSYBOX).arg("--list").run().await.map_err(failed)?;
-    for applet in applets.lines().filter(|applet| *applet != "busybox") {
-        symlink("busybox", root.join("bin").join(applet))?;
-    }
-    accounts(&root)?;
+    busybox(&root).await?;
     archive(directory, BUSYBOX_IMAGE, &root, &["--config.cmd=sh"])
         .await
         .map_err(failed)?;
@@ -101,14 +95,7 @@ pub(crate) async fn build(
     step.note("pause");
     let root = directory.join("root.pause");
     tree(&root, &[])?;
-    Tool::words("rustc --edition=2024 -O -Cpanic=abort -Cstrip=symbols -Ctarget-feature=+crt-static -o")
-        .arg(root.join("pause"))
-        .arg(pause)
-        .directory(crate::artifacts::workspace())
-        .limit(Duration::from_secs(300))
-        .run()
-        .await
-        .map_err(failed)?;
+    compile(pause, &root.join("pause")).await.map_err(failed)?;
     archive(
         directory,
         PAUSE,
@@ -121,6 +108,58 @@ pub(crate) async fn build(
         std::fs::remove_dir_all(directory.join(leftover))?;
     }
     Ok(())
+}
+
+/// Builds the archive of one image: busybox, and as its entrypoint the program
+/// that one Rust file makes.
+pub(crate) async fn build_program(
+    directory: &Path,
+    image: Image,
+    source: &Path,
+) -> Result<(), ArtifactError> {
+    let failed = |source: ToolError| ArtifactError::Build {
+        what: "an image",
+        source,
+    };
+    let root = directory.join("root");
+    busybox(&root).await?;
+    compile(source, &root.join(image.name)).await.map_err(failed)?;
+    let entrypoint = format!("--config.entrypoint=/{}", image.name);
+    archive(directory, image, &root, &[&entrypoint])
+        .await
+        .map_err(failed)?;
+    std::fs::remove_dir_all(&root)?;
+    Ok(())
+}
+
+/// busybox under each of its names, and the files that its tools look for.
+async fn busybox(root: &Path) -> Result<(), ArtifactError> {
+    tree(root, &["bin", "etc", "tmp"])?;
+    std::fs::copy(BUSYBOX, root.join("bin/busybox"))?;
+    let applets = Tool::new(BUSYBOX)
+        .arg("--list")
+        .run()
+        .await
+        .map_err(|source| ArtifactError::Build {
+            what: "an image",
+            source,
+        })?;
+    for applet in applets.lines().filter(|applet| *applet != "busybox") {
+        symlink("busybox", root.join("bin").join(applet))?;
+    }
+    Ok(accounts(root)?)
+}
+
+/// A static program of one file, which runs in an image that has nothing else.
+async fn compile(source: &Path, program: &Path) -> Result<(), ToolError> {
+    Tool::words("rustc --edition=2024 -O -Cpanic=abort -Cstrip=symbols -Ctarget-feature=+crt-static -o")
+        .arg(program)
+        .arg(source)
+        .directory(crate::artifacts::workspace())
+        .limit(Duration::from_secs(300))
+        .run()
+        .await
+        .map(drop)
 }
 
 fn rename(directory: &Path, from: &str, to: &str) -> std::io::Result<PathBuf> {

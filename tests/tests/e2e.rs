@@ -1,0 +1,39 @@
+//! Spindrift end to end: two hosts, a real control plane, real containers and
+//! packets, and the faults it has to survive.
+//!
+//! A test is an `async fn(&Scope) -> Result`, named by the sentence it holds,
+//! and listed in its module's `tests()`. All share one lab; those that kill
+//! things run alone. `SPINDRIFT_TEST_KEEP=true` leaves the lab for the next run
+//! and for a person to look at.
+
+// Where a test has to end with a failure, it may do so in a word.
+#![allow(clippy::unwrap_used)]
+
+mod e2e {
+    pub(crate) mod faults;
+    pub(crate) mod hostile;
+    pub(crate) mod kubelet;
+    pub(crate) mod mesh;
+    pub(crate) mod node;
+    pub(crate) mod pods;
+    pub(crate) mod suite;
+    pub(crate) mod volumes;
+}
+
+use std::process::ExitCode;
+
+use e2e::suite;
+
+fn main() -> ExitCode {
+    let modules = [
+        e2e::node::tests(),
+        e2e::pods::tests(),
+        e2e::volumes::tests(),
+        e2e::kubelet::tests(),
+        e2e::mesh::tests(),
+        e2e::hostile::tests(),
+        e2e::faults::tests(),
+        suite::tests(),
+    ];
+    suite::run(modules.into_iter().flatten().collect())
+}

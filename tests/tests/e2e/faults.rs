@@ -1,0 +1,4 @@
+use super::suite::Case;
+pub(crate) fn tests() -> Vec<Case> {
+    vec![]
+}
