@@ -113,24 +113,30 @@ fn words(panic: &(dyn Any + Send)) -> String {
 }
 
 /// A person's Ctrl-C, or CI giving up: nothing stays behind.
-fn clear_when_interrupted(runtime: &Runtime, stage: &Arc<Stage>) {
-    let stage = stage.clone();
-    runtime.spawn(async move {
-        use tokio::signal::unix::{SignalKind, signal};
-        let (Ok(mut interrupt), Ok(mut terminate)) =
-            (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
-        else {
-            return;
-        };
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-        }
-        if let Err(error) = stage.clear().await {
-            eprintln!("error: {error:#}");
-        }
-        std::process::exit(130);
+fn clear_when_interrupted(runtime: &Arc<Runtime>, stage: &Arc<Stage>) {
+    let (runtime, stage) = (runtime.clone(), stage.clone());
+    std::thread::spawn(move || {
+        runtime.block_on(async {
+            interrupted().await;
+            if let Err(error) = stage.clear().await {
+                eprintln!("error: {error:#}");
+            }
+            std::process::exit(130);
+        })
     });
+}
+
+async fn interrupted() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let (Ok(mut interrupt), Ok(mut terminate)) =
+        (signal(SignalKind::interrupt()), signal(SignalKind::terminate()))
+    else {
+        return std::future::pending().await;
+    };
+    tokio::select! {
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
 }
 
 /// What is looked at when all else is done.
