@@ -1,11 +1,15 @@
 //! Mesh identity for the pods of one host, as a library that `pool-agent` embeds.
 
 pub mod attachment;
+pub mod balance;
 pub mod control;
 pub mod identity;
 pub mod netns;
 pub mod pod;
+pub mod policy;
 pub mod proxy;
 pub mod redirect;
 pub mod runtime;
+pub mod state;
 pub mod telemetry;
+pub mod xds;

@@ -1,0 +1,92 @@
+//! What a captured connection is for. Pure.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+
+use crate::state::{ServiceView, Snapshot, Workload};
+
+/// What of the tenant's network does not change while the proxy runs.
+#[derive(Debug, Clone)]
+pub(crate) struct Network {
+    /// Istio's name of it; empty for the default.
+    pub(crate) name: Arc<str>,
+    /// Of all pods of the tenant's virtual node.
+    pub(crate) cluster_pods: IpNet,
+    /// Addresses of the host and the router. The proxy stands where they are
+    /// local, so dialling them for a pod would open the host's own services.
+    pub(crate) host: Box<[IpAddr]>,
+}
+
+#[derive(Debug)]
+pub(crate) enum Destination<'a> {
+    Service(&'a ServiceView),
+    Workload(&'a Arc<Workload>),
+    /// In the range of pods, but not known, or not yet. Never dialled as it is:
+    /// between pods there is nothing but the mesh.
+    UnknownPod,
+    /// Outside the mesh: TCP as it is.
+    Outside,
+    Refused(Refused),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Refused {
+    #[error("no pod may reach what is local to the host")]
+    HostLocal,
+    #[error("the address is not one that a connection can go to")]
+    NotUnicast,
+}
+
+/// As a client in `namespace` sees it: a service's address before a pod's.
+pub(crate) fn resolve<'a>(
+    network: &Network,
+    state: &'a Snapshot,
+    namespace: &str,
+    destination: SocketAddr,
+) -> Destination<'a> {
+    let ip = destination.ip().to_canonical();
+    if let Some(refused) = refuse(network, ip) {
+        return Destination::Refused(refused);
+    }
+    if let Some(view) = state.service_at(&network.name, ip, namespace) {
+        return Destination::Service(view);
+    }
+    if let Some(workload) = state.workload_at(&network.name, ip) {
+        return Destination::Workload(workload);
+    }
+    if network.cluster_pods.contains(&ip) {
+        Destination::UnknownPod
+    } else {
+        Destination::Outside
+    }
+}
+
+/// Also holds for endpoints, which are the tenant's say: an EndpointSlice may
+/// name 127.0.0.1.
+pub(crate) fn refuse(network: &Network, ip: IpAddr) -> Option<Refused> {
+    let ip = ip.to_canonical();
+    let local = ip.is_loopback()
+        || network.host.contains(&ip)
+        || match ip {
+            IpAddr::V4(v4) => v4.is_link_local(),
+            IpAddr::V6(v6) => v6.is_unicast_link_local(),
+        };
+    if local {
+        return Some(Refused::HostLocal);
+    }
+    let nowhere = ip.is_unspecified()
+        || ip.is_multicast()
+        || match ip {
+            // 0.0.0.0/8 is this host, 240.0.0.0/4 is nobody.
+            IpAddr::V4(v4) => v4.octets()[0] == 0 || v4.octets()[0] >= 240,
+            IpAddr::V6(_) => false,
+        };
+    nowhere.then_some(Refused::NotUnicast)
+}
+
+#[cfg(test)]
+mod tests;
