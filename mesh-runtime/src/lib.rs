@@ -3,6 +3,7 @@
 pub mod attachment;
 pub mod balance;
 pub mod control;
+pub mod dns;
 pub mod identity;
 pub mod netns;
 pub mod pod;

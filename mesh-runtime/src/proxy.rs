@@ -41,6 +41,7 @@ use tokio::{
 
 use crate::{
     control::{self, OpenControlError, PoolTls},
+    dns::{self, StartDnsError, Zone},
     identity::{Certificate, CertificateState, Certificates},
     netns::Netns,
     pod::{Mode, PodRecord},
@@ -88,6 +89,8 @@ pub struct TenantProxyConfig {
 pub enum StartProxyError {
     #[error(transparent)]
     Control(#[from] OpenControlError),
+    #[error(transparent)]
+    Dns(#[from] StartDnsError),
     #[error("cannot take over the {name} listener")]
     Listener {
         name: &'static str,
@@ -159,7 +162,7 @@ impl TenantProxy {
             synced: watch::Sender::new(false),
             pods: Pods::default(),
             certificates: Certificates::default(),
-            dialer: Dialer::new(router),
+            dialer: Dialer::new(router.clone()),
             metrics,
         });
 
@@ -167,8 +170,8 @@ impl TenantProxy {
             outbound,
             inbound,
             hbone,
-            dns_udp: _,
-            dns_tcp: _,
+            dns_udp,
+            dns_tcp,
         } = listeners;
         let take = |name, listener| {
             TcpListener::from_std(listener).map_err(|source| StartProxyError::Listener { name, source })
@@ -185,6 +188,31 @@ impl TenantProxy {
         tasks.spawn(accept(hbone, room, mesh.clone(), move |mesh, accepted| {
             mesh.tunnelled(accepted, &strangers);
         }));
+        let asking = mesh.clone();
+        dns::start(
+            dns::Config {
+                zone: Zone {
+                    domain: tenant.cluster_domain.to_ascii_lowercase().as_str().into(),
+                    network: mesh.network.name.clone(),
+                    cluster_pods: tenant.cluster_pod_range,
+                },
+                address: tenant.dns_address,
+                nameservers: tenant.upstream_nameservers.clone(),
+                router,
+                udp: dns_udp,
+                tcp: dns_tcp,
+                state: mesh.state.clone(),
+                synced: mesh.synced.subscribe(),
+                metrics: mesh.metrics.clone(),
+                client: Arc::new(move |address| {
+                    let pod = asking.pods.at(address)?;
+                    Some(dns::Client {
+                        namespace: pod.namespace.clone(),
+                    })
+                }),
+            },
+            &mut tasks,
+        )?;
         tasks.spawn(xds::follow(
             channel.clone(),
             subscriber,
