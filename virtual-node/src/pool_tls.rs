@@ -477,4 +477,6 @@ impl ServerCertVerifier for ServerVerifier {
 }
 
 #[cfg(test)]
+pub(crate) mod test_pool;
+#[cfg(test)]
 mod tests;

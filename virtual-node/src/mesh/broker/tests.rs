@@ -1,1 +1,114 @@
+use pool_agent_api::{Attempt, Namespace, PodName, PodUid, ServiceAccountName};
 
+use super::*;
+use crate::placement::Placement;
+
+const DOMAIN: &str = "cluster.local";
+
+fn host(name: &str) -> HostName {
+    HostName::parse("host", name).unwrap()
+}
+
+fn placement(on: &str, namespace: &str, account: &str, enrolled: bool) -> Placement {
+    Placement {
+        host: host(on),
+        attempt: Attempt::FIRST,
+        namespace: Namespace::parse("namespace", namespace).unwrap(),
+        name: PodName::parse("name", "pod").unwrap(),
+        service_account: ServiceAccountName::parse("account", account).unwrap(),
+        enrolled,
+    }
+}
+
+/// `web` runs on host-a, `db` on host-b, `plain` on host-a outside the mesh; host-c
+/// has not been heard of.
+fn placements() -> Placements {
+    let pods = [
+        ("u-1", placement("host-a", "shop", "web", true)),
+        ("u-2", placement("host-b", "shop", "db", true)),
+        ("u-3", placement("host-a", "shop", "plain", false)),
+        ("u-4", placement("host-c", "shop", "far", true)),
+    ];
+    Placements {
+        pods: pods
+            .into_iter()
+            .map(|(uid, placement)| (PodUid::parse("uid", uid).unwrap(), placement))
+            .collect(),
+        known_hosts: [host("host-a"), host("host-b")].into(),
+    }
+}
+
+fn decided(on: &str, identity: &str, named: Option<&str>) -> Result<(), Refusal> {
+    decide(
+        &host(on),
+        &identity.parse().unwrap(),
+        named,
+        DOMAIN,
+        &placements(),
+    )
+}
+
+#[test]
+fn a_host_gets_the_identities_of_the_pods_it_runs() {
+    let web = "spiffe://cluster.local/ns/shop/sa/web";
+    assert_eq!(decided("host-a", web, None), Ok(()));
+    assert_eq!(decided("host-a", web, Some(web)), Ok(()));
+    // What was placed before its host was heard of counts too.
+    assert_eq!(
+        decided("host-c", "spiffe://cluster.local/ns/shop/sa/far", None),
+        Ok(())
+    );
+}
+
+#[test]
+fn a_host_gets_no_identity_of_another_hosts_pod() {
+    let refused = |on: &str, identity: &str| decided(on, identity, None).unwrap_err().to_string();
+    for (on, identity) in [
+        ("host-b", "spiffe://cluster.local/ns/shop/sa/web"),
+        ("host-a", "spiffe://cluster.local/ns/shop/sa/db"),
+        // Same account name, another namespace; and the other way round.
+        ("host-a", "spiffe://cluster.local/ns/other/sa/web"),
+        ("host-a", "spiffe://cluster.local/ns/shop/sa/other"),
+        // Opted out of the mesh: no identity.
+        ("host-a", "spiffe://cluster.local/ns/shop/sa/plain"),
+    ] {
+        assert_eq!(
+            refused(on, identity),
+            format!("host {on} asked for {identity}: no enrolled pod of that identity is placed on it"),
+        );
+    }
+}
+
+#[test]
+fn an_identity_of_another_trust_domain_is_refused() {
+    let refusal = decided("host-a", "spiffe://elsewhere/ns/shop/sa/web", None);
+    assert!(matches!(refusal, Err(Refusal::TrustDomain { .. })));
+}
+
+#[test]
+fn metadata_that_says_otherwise_than_the_csr_is_refused() {
+    let web = "spiffe://cluster.local/ns/shop/sa/web";
+    let long = "x".repeat(10_000);
+    for named in [
+        "",
+        "spiffe://cluster.local/ns/shop/sa/db",
+        "SPIFFE://cluster.local/ns/shop/sa/web",
+        &long,
+    ] {
+        match decided("host-a", web, Some(named)) {
+            Err(Refusal::Metadata { named, .. }) => assert!(named.len() <= 256),
+            other => panic!("{named:?}: {other:?}"),
+        }
+    }
+}
+
+#[test]
+fn what_is_not_known_yet_is_put_off_rather_than_refused() {
+    for on in ["host-c", "host-d"] {
+        let refusal = decided(on, "spiffe://cluster.local/ns/shop/sa/web", None);
+        assert!(
+            matches!(refusal, Err(Refusal::NotKnown { .. })),
+            "{on}: {refusal:?}"
+        );
+    }
+}

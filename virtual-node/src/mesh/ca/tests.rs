@@ -195,7 +195,8 @@ fn files_that_do_not_fit_together_are_refused_by_name() {
     let write =
         |name: &'static str, text: &'static str| move |dir: &Path| fs::write(dir.join(name), text).unwrap();
     let delete = |name: &'static str| move |dir: &Path| fs::remove_file(dir.join(name)).unwrap();
-    let cases: [(&dyn Fn(&Path), &str); 7] = [
+    type Breaking<'a> = &'a dyn Fn(&Path);
+    let cases: [(Breaking<'_>, &str); 7] = [
         (&take(CA_KEY), "CA/ca-cert.pem and CA/ca-key.pem are no pair"),
         (
             &take(ROOT_CERT),
