@@ -1,6 +1,14 @@
 //! The virtual node: a Kubernetes node whose pods run on a pool of hosts. A
-//! library beside the binary so that tests can stand in for `main`.
+//! library beside its thin binary, so that tests can stand in for `main`.
+//! [`process`] wires the parts together; each part says for itself what it is.
 
+pub mod config;
+mod event;
 pub mod mesh;
+mod node;
 pub mod placement;
+mod pod;
+mod pool;
 pub mod pool_tls;
+pub mod process;
+mod quantity;

@@ -1,0 +1,205 @@
+//! The Node that the tenant sees: registered, adopted or made again, its status
+//! kept current, its Lease renewed.
+//!
+//! One task. [`manifest`] says what the Node should be (pure), [`lease`] renews.
+//! What others wrote on the Node (labels, annotations, conditions, cordons)
+//! stays: every write is a patch of what is ours and differs.
+//!
+//! The Lease is renewed only while a host of the pool is in reach: a node
+//! without a pool is to be seen as dead, and its pods' endpoints with it.
+
+mod lease;
+mod manifest;
+
+use std::{net::IpAddr, time::Duration};
+
+use futures::StreamExt;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Node;
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams, PostParams},
+    runtime::{WatchStreamExt, watcher},
+};
+use manifest::Shape;
+pub(crate) use manifest::allocatable;
+use pool_agent_api::{TenantId, status::Severity};
+use tokio::{
+    sync::watch,
+    time::{Instant, MissedTickBehavior},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    config,
+    event::{Happening, Object, Recorder},
+    pool::HostTable,
+};
+
+/// How often the status is computed.
+const COMPUTE: Duration = Duration::from_secs(10);
+/// How often it is written though nothing changed.
+const HEARTBEAT: Duration = Duration::from_secs(300);
+
+#[derive(Debug, Clone)]
+pub(crate) struct Identity {
+    pub(crate) name: String,
+    pub(crate) tenant: TenantId,
+    pub(crate) address: IpAddr,
+    pub(crate) kubelet_port: u16,
+    pub(crate) settings: config::Node,
+}
+
+pub(crate) struct Registration {
+    api: Api<Node>,
+    client: Client,
+    identity: Identity,
+    hosts: watch::Receiver<HostTable>,
+    recorder: Recorder,
+    /// As last seen or written.
+    node: Option<Node>,
+    written_at: Option<Instant>,
+    ready: Option<bool>,
+}
+
+impl Registration {
+    pub(crate) fn new(
+        client: Client,
+        identity: Identity,
+        hosts: watch::Receiver<HostTable>,
+        recorder: Recorder,
+    ) -> Self {
+        Self {
+            api: Api::all(client.clone()),
+            client,
+            identity,
+            hosts,
+            recorder,
+            node: None,
+            written_at: None,
+            ready: None,
+        }
+    }
+
+    /// Runs until `shutdown`. The Node stays, so that its pods do.
+    pub(crate) async fn run(mut self, shutdown: CancellationToken) {
+        let (uid, uids) = watch::channel(None);
+        let renewal = lease::renew(
+            self.client.clone(),
+            self.identity.name.clone(),
+            uids,
+            self.hosts.clone(),
+            shutdown.clone(),
+        );
+        tokio::spawn(renewal);
+        let mut seen = watcher::watch_object(self.api.clone(), &self.identity.name)
+            .default_backoff()
+            .boxed();
+        let mut compute = tokio::time::interval(COMPUTE);
+        compute.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut reachable = self.reachable();
+        loop {
+            let changed = tokio::select! {
+                () = shutdown.cancelled() => return,
+                seen = seen.next() => match seen {
+                    Some(Ok(node)) => {
+                        self.node = node;
+                        true
+                    }
+                    Some(Err(error)) => {
+                        warn!(error = &error as &dyn std::error::Error, "the watch of the node failed");
+                        false
+                    }
+                    None => return,
+                },
+                changed = self.hosts.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    let before = std::mem::replace(&mut reachable, self.reachable());
+                    // What is free changes all the time and is not ours to tell.
+                    before != reachable
+                }
+                _ = compute.tick() => true,
+            };
+            if !changed {
+                continue;
+            }
+            if let Err(error) = self.converge().await {
+                warn!(error = &error as &dyn std::error::Error, "cannot write the node");
+            }
+            let now = self.node.as_ref().and_then(|n| n.metadata.uid.clone());
+            uid.send_if_modified(|uid| std::mem::replace(uid, now.clone()) != now);
+        }
+    }
+
+    fn reachable(&mut self) -> Vec<bool> {
+        self.hosts
+            .borrow_and_update()
+            .values()
+            .map(|h| h.reachable)
+            .collect()
+    }
+
+    /// Makes the Node what it should be.
+    async fn converge(&mut self) -> Result<(), kube::Error> {
+        let name = self.identity.name.clone();
+        if self.node.is_none() {
+            // The watch may not have told yet.
+            self.node = match self.api.get_opt(&name).await? {
+                Some(node) => Some(node),
+                None => {
+                    let node = self.shape(&Node::default()).node();
+                    let made = self.api.create(&PostParams::default(), &node).await?;
+                    info!(node = name, "node registered");
+                    Some(made)
+                }
+            };
+        }
+        let Some(node) = &self.node else { return Ok(()) };
+        let shape = self.shape(node);
+        if let Some(patch) = shape.metadata_patch(node) {
+            let patched = self
+                .api
+                .patch(&name, &PatchParams::default(), &Patch::Strategic(&patch))
+                .await?;
+            self.node = Some(patched);
+        }
+        let Some(node) = &self.node else { return Ok(()) };
+        let due = self.written_at.is_none_or(|at| at.elapsed() >= HEARTBEAT);
+        if let Some(patch) = shape.status_patch(node, due) {
+            let patched = self
+                .api
+                .patch_status(&name, &PatchParams::default(), &Patch::Strategic(&patch))
+                .await?;
+            self.written_at = Some(Instant::now());
+            self.announce(&patched, shape.ready());
+            self.node = Some(patched);
+        }
+        Ok(())
+    }
+
+    fn shape(&self, node: &Node) -> Shape {
+        Shape::new(&self.identity, &self.hosts.borrow(), node, Timestamp::now())
+    }
+
+    fn announce(&mut self, node: &Node, ready: bool) {
+        if self.ready.replace(ready) == Some(ready) {
+            return;
+        }
+        let (reason, word) = if ready {
+            ("NodeReady", "NodeReady")
+        } else {
+            ("NodeNotReady", "NodeNotReady")
+        };
+        info!(ready, "the node's readiness changed");
+        self.recorder.record(Happening {
+            object: Object::node(node),
+            severity: Severity::Normal,
+            reason: reason.into(),
+            message: format!("Node {} status is now: {word}", self.identity.name),
+            at: Timestamp::now(),
+        });
+    }
+}

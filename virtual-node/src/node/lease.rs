@@ -1,0 +1,145 @@
+//! The Lease in `kube-node-lease` that says the node is alive: 40 s, renewed
+//! every 10 s, owned by the Node, so that it goes with it.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::coordination::v1::{Lease, LeaseSpec},
+    apimachinery::pkg::apis::meta::v1::{MicroTime, ObjectMeta, OwnerReference},
+};
+use kube::{Api, Client, api::PostParams};
+use tokio::{sync::watch, time::MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::pool::HostTable;
+
+const NAMESPACE: &str = "kube-node-lease";
+const DURATION_SECONDS: i32 = 40;
+const RENEW: Duration = Duration::from_secs(10);
+/// After a renewal that failed.
+const RETRY: Duration = Duration::from_secs(2);
+
+/// Renews while a host is in reach, until `shutdown`. `uids` is the Node's UID.
+pub(super) async fn renew(
+    client: Client,
+    name: String,
+    mut uids: watch::Receiver<Option<String>>,
+    hosts: watch::Receiver<HostTable>,
+    shutdown: CancellationToken,
+) {
+    let api = Api::<Lease>::namespaced(client, NAMESPACE);
+    let mut ticks = tokio::time::interval(RENEW);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut held = None;
+    let mut gated = false;
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            changed = uids.changed() => if changed.is_err() {
+                return;
+            },
+            _ = ticks.tick() => {}
+        }
+        let Some(uid) = uids.borrow_and_update().clone() else {
+            continue;
+        };
+        let alive = hosts.borrow().values().any(|h| h.reachable);
+        if gated == alive {
+            gated = !alive;
+            if alive {
+                info!("the lease is renewed again: a host of the pool is in reach");
+            } else {
+                warn!("the lease is not renewed: no host of the pool is in reach");
+            }
+        }
+        if !alive {
+            continue;
+        }
+        match renewed(&api, &name, &uid, held.take(), Timestamp::now()).await {
+            Ok(lease) => held = Some(lease),
+            Err(error) => {
+                warn!(
+                    error = &error as &dyn std::error::Error,
+                    "cannot renew the node's lease"
+                );
+                ticks.reset_after(RETRY);
+            }
+        }
+    }
+}
+
+async fn renewed(
+    api: &Api<Lease>,
+    name: &str,
+    uid: &str,
+    held: Option<Lease>,
+    now: Timestamp,
+) -> Result<Lease, kube::Error> {
+    let found = match held {
+        Some(lease) => Some(lease),
+        None => api.get_opt(name).await?,
+    };
+    match found {
+        None => {
+            let lease = next(
+                Lease {
+                    metadata: ObjectMeta {
+                        name: Some(name.to_owned()),
+                        namespace: Some(NAMESPACE.to_owned()),
+                        ..ObjectMeta::default()
+                    },
+                    ..Lease::default()
+                },
+                name,
+                uid,
+                now,
+            );
+            api.create(&PostParams::default(), &lease).await
+        }
+        // Guarded by its version: somebody else's write is seen, not overwritten.
+        Some(lease) => {
+            let lease = next(lease, name, uid, now);
+            api.replace(name, &PostParams::default(), &lease).await
+        }
+    }
+}
+
+/// The lease, renewed. Its time only grows.
+fn next(mut lease: Lease, name: &str, uid: &str, now: Timestamp) -> Lease {
+    lease.metadata.managed_fields = None;
+    lease.metadata.owner_references = Some(vec![OwnerReference {
+        api_version: "v1".into(),
+        kind: "Node".into(),
+        name: name.to_owned(),
+        uid: uid.to_owned(),
+        ..OwnerReference::default()
+    }]);
+    let spec = lease.spec.get_or_insert_with(LeaseSpec::default);
+    let before = spec.renew_time.as_ref().map(|t| t.0);
+    let now = match before.and_then(|t| t.checked_add(Duration::from_micros(1)).ok()) {
+        Some(after) => now.max(after),
+        None => now,
+    };
+    spec.holder_identity = Some(name.to_owned());
+    spec.lease_duration_seconds = Some(DURATION_SECONDS);
+    spec.renew_time = Some(MicroTime(now));
+    lease
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_renewal_only_moves_forward_and_follows_a_new_node() {
+        let at = |s| Timestamp::from_second(s).unwrap();
+        let first = next(Lease::default(), "n", "uid-1", at(100));
+        let second = next(first.clone(), "n", "uid-2", at(90));
+        let time = |l: &Lease| l.spec.as_ref().unwrap().renew_time.as_ref().unwrap().0;
+        assert!(time(&second) > time(&first));
+        assert_eq!(second.metadata.owner_references.unwrap()[0].uid, "uid-2");
+        assert_eq!(second.spec.unwrap().lease_duration_seconds, Some(40));
+    }
+}

@@ -1,0 +1,326 @@
+//! What the Node should look like. Pure.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::core::v1::{
+        DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeSpec, NodeStatus,
+        NodeSystemInfo, Taint,
+    },
+    apimachinery::pkg::{
+        api::resource::Quantity,
+        apis::meta::v1::{ObjectMeta, Time},
+    },
+};
+use pool_agent_api::Resources;
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+use super::Identity;
+use crate::{config, pool::HostTable};
+
+/// The Kubernetes release whose node this is; what skew checks look at.
+const KUBELET_VERSION: &str = concat!("v1.37.2+spindrift.", env!("CARGO_PKG_VERSION"));
+
+/// What pods may use now: the quota, or what the hosts in reach have.
+pub(crate) fn allocatable(identity: &Identity, hosts: &HostTable) -> Resources {
+    let reachable = hosts.values().filter(|h| h.reachable);
+    identity.settings.quota.unwrap_or_else(|| {
+        reachable
+            .filter_map(|h| h.host.as_ref())
+            .fold(Resources::default(), |sum, host| {
+                sum.saturating_add(host.capacity)
+            })
+    })
+}
+
+fn capacity(identity: &Identity, hosts: &HostTable) -> Resources {
+    identity.settings.quota.unwrap_or_else(|| {
+        hosts
+            .values()
+            .filter_map(|h| h.host.as_ref())
+            .fold(Resources::default(), |sum, host| {
+                sum.saturating_add(host.capacity)
+            })
+    })
+}
+
+/// The Node as it should be, given what it is.
+pub(super) struct Shape {
+    name: String,
+    settings: config::Node,
+    status: NodeStatus,
+    ready: bool,
+}
+
+impl Shape {
+    pub(super) fn new(identity: &Identity, hosts: &HostTable, node: &Node, now: Timestamp) -> Self {
+        let reachable = hosts.values().filter(|h| h.reachable).count();
+        let ready = reachable > 0;
+        let old = node.status.clone().unwrap_or_default();
+        Self {
+            name: identity.name.clone(),
+            settings: identity.settings.clone(),
+            status: NodeStatus {
+                addresses: Some(vec![
+                    NodeAddress {
+                        type_: "InternalIP".into(),
+                        address: identity.address.to_string(),
+                    },
+                    NodeAddress {
+                        type_: "Hostname".into(),
+                        address: identity.name.clone(),
+                    },
+                ]),
+                capacity: Some(quantities(capacity(identity, hosts))),
+                allocatable: Some(quantities(allocatable(identity, hosts))),
+                conditions: Some(conditions(
+                    reachable,
+                    hosts.len(),
+                    old.conditions.as_deref().unwrap_or_default(),
+                    now,
+                )),
+                daemon_endpoints: Some(NodeDaemonEndpoints {
+                    kubelet_endpoint: Some(DaemonEndpoint {
+                        port: identity.kubelet_port.into(),
+                    }),
+                }),
+                node_info: Some(node_info(identity, hosts)),
+                ..NodeStatus::default()
+            },
+            ready,
+        }
+    }
+
+    pub(super) fn ready(&self) -> bool {
+        self.ready
+    }
+
+    /// A Node that is not there yet. Its taints are set here and never again:
+    /// afterwards they are the cluster's.
+    pub(super) fn node(&self) -> Node {
+        let taints: Vec<Taint> = self
+            .settings
+            .taints
+            .iter()
+            .map(|t| Taint {
+                key: t.key.clone(),
+                value: Some(t.value.clone()).filter(|v| !v.is_empty()),
+                effect: t.effect.as_str().into(),
+                time_added: None,
+            })
+            .collect();
+        Node {
+            metadata: ObjectMeta {
+                name: Some(self.name.clone()),
+                labels: Some(self.labels()),
+                ..ObjectMeta::default()
+            },
+            spec: Some(NodeSpec {
+                taints: Some(taints).filter(|t| !t.is_empty()),
+                ..NodeSpec::default()
+            }),
+            status: Some(self.status.clone()),
+        }
+    }
+
+    fn labels(&self) -> BTreeMap<String, String> {
+        let arch = self.status.node_info.as_ref().map(|i| i.architecture.clone());
+        let arch = arch.filter(|a| !a.is_empty());
+        let mut labels = BTreeMap::from(
+            [
+                ("kubernetes.io/hostname", self.name.as_str()),
+                ("kubernetes.io/os", "linux"),
+                ("kubernetes.io/arch", arch.as_deref().unwrap_or(NATIVE)),
+                // The cluster autoscaler passes such nodes over.
+                ("type", "virtual-kubelet"),
+                ("node.kubernetes.io/exclude-from-external-load-balancers", "true"),
+            ]
+            .map(|(k, v)| (k.to_owned(), v.to_owned())),
+        );
+        labels.extend(self.settings.labels.clone());
+        labels
+    }
+
+    /// Labels of ours that are missing or differ.
+    pub(super) fn metadata_patch(&self, node: &Node) -> Option<Value> {
+        let current = node.metadata.labels.clone().unwrap_or_default();
+        let missing: BTreeMap<String, String> = self
+            .labels()
+            .into_iter()
+            .filter(|(key, value)| current.get(key) != Some(value))
+            .collect();
+        (!missing.is_empty()).then(|| json!({"metadata": {"uid": node.metadata.uid, "labels": missing}}))
+    }
+
+    /// What of the status differs; all conditions, with fresh heartbeats, if
+    /// anything does or it is `due`.
+    pub(super) fn status_patch(&self, node: &Node, due: bool) -> Option<Value> {
+        let current = object(node.status.clone().unwrap_or_default());
+        let mut changes = Map::new();
+        for (field, new) in object(self.status.clone()) {
+            let old = current.get(&field);
+            let differs = match field.as_str() {
+                "conditions" => !settled(old, &new),
+                _ => old != Some(&new),
+            };
+            if !differs {
+                continue;
+            }
+            let new = match (old, new) {
+                // Maps are merged: what is gone has to be named.
+                (Some(Value::Object(old)), Value::Object(mut new)) => {
+                    for key in old.keys() {
+                        new.entry(key).or_insert(Value::Null);
+                    }
+                    Value::Object(new)
+                }
+                (_, new) => new,
+            };
+            changes.insert(field, new);
+        }
+        if changes.is_empty() && !due {
+            return None;
+        }
+        if let Ok(conditions) = serde_json::to_value(&self.status.conditions) {
+            changes.insert("conditions".into(), conditions);
+        }
+        Some(json!({"metadata": {"uid": node.metadata.uid}, "status": changes}))
+    }
+}
+
+/// Until a host has said what it is.
+const NATIVE: &str = match std::env::consts::ARCH.as_bytes() {
+    b"aarch64" => "arm64",
+    _ => "amd64",
+};
+
+fn object(status: NodeStatus) -> Map<String, Value> {
+    match serde_json::to_value(status) {
+        Ok(Value::Object(map)) => map,
+        // A NodeStatus is an object of plain data.
+        Ok(_) | Err(_) => Map::new(),
+    }
+}
+
+/// Whether each condition of ours stands there, but for its heartbeat.
+fn settled(old: Option<&Value>, new: &Value) -> bool {
+    let bare = |condition: &Value| {
+        let mut condition = condition.clone();
+        if let Some(map) = condition.as_object_mut() {
+            map.remove("lastHeartbeatTime");
+        }
+        condition
+    };
+    let old: Vec<Value> = old
+        .and_then(Value::as_array)
+        .into_iter()
+        .flatten()
+        .map(bare)
+        .collect();
+    new.as_array()
+        .into_iter()
+        .flatten()
+        .all(|c| old.contains(&bare(c)))
+}
+
+fn quantities(r: Resources) -> BTreeMap<String, Quantity> {
+    let cpu = if r.cpu_millis % 1000 == 0 {
+        (r.cpu_millis / 1000).to_string()
+    } else {
+        format!("{}m", r.cpu_millis)
+    };
+    // In the API server's own spelling: it gives back what it was told.
+    let bytes = |n: u64| {
+        if n % 1024 == 0 && n > 0 {
+            format!("{}Ki", n / 1024)
+        } else {
+            n.to_string()
+        }
+    };
+    BTreeMap::from([
+        ("cpu".into(), Quantity(cpu)),
+        ("memory".into(), Quantity(bytes(r.memory_bytes))),
+        (
+            "ephemeral-storage".into(),
+            Quantity(bytes(r.ephemeral_storage_bytes)),
+        ),
+        ("pods".into(), Quantity(r.sandboxes.to_string())),
+    ])
+}
+
+fn conditions(reachable: usize, hosts: usize, old: &[NodeCondition], now: Timestamp) -> Vec<NodeCondition> {
+    let now = Timestamp::from_second(now.as_second()).unwrap_or(now);
+    let ready = if reachable > 0 {
+        (true, "PoolReady", "hosts of the pool are in reach".to_owned())
+    } else {
+        (
+            false,
+            "PoolUnreachable",
+            format!("none of the {hosts} hosts of the pool is in reach"),
+        )
+    };
+    let fine = |text: &str| (false, text.to_owned());
+    let (memory, disk, pid, network) = (
+        fine("hosts of the pool have sufficient memory available"),
+        fine("hosts of the pool have no disk pressure"),
+        fine("hosts of the pool have sufficient PIDs available"),
+        fine("each host routes its slice of the pod range"),
+    );
+    [
+        ("MemoryPressure", memory.0, "KubeletHasSufficientMemory", memory.1),
+        ("DiskPressure", disk.0, "KubeletHasNoDiskPressure", disk.1),
+        ("PIDPressure", pid.0, "KubeletHasSufficientPID", pid.1),
+        ("NetworkUnavailable", network.0, "RouteCreated", network.1),
+        ("Ready", ready.0, ready.1, ready.2),
+    ]
+    .map(|(kind, holds, reason, message)| {
+        let status = if holds { "True" } else { "False" };
+        let since = old
+            .iter()
+            .find(|c| c.type_ == kind && c.status == status)
+            .and_then(|c| c.last_transition_time.clone());
+        NodeCondition {
+            type_: kind.into(),
+            status: status.into(),
+            reason: Some(reason.into()),
+            message: Some(message),
+            last_heartbeat_time: Some(Time(now)),
+            last_transition_time: Some(since.unwrap_or(Time(now))),
+        }
+    })
+    .into()
+}
+
+fn node_info(identity: &Identity, hosts: &HostTable) -> NodeSystemInfo {
+    let first = hosts.values().find_map(|h| h.host.clone());
+    // There is no machine; ids that last as long as the node does.
+    let id = |what: &str| {
+        let digest = Sha256::digest(format!("{what}/{}/{}", identity.tenant, identity.name));
+        digest[..16]
+            .iter()
+            .map(|b| format!("{b:02x}"))
+            .collect::<String>()
+    };
+    let of_host =
+        |get: fn(&pool_agent_api::Host) -> &String| first.as_deref().map(get).cloned().unwrap_or_default();
+    NodeSystemInfo {
+        machine_id: id("machine"),
+        system_uuid: id("system"),
+        boot_id: id("boot"),
+        kernel_version: of_host(|h| &h.kernel_version),
+        os_image: of_host(|h| &h.os_image),
+        container_runtime_version: of_host(|h| &h.runtime_version),
+        kubelet_version: KUBELET_VERSION.into(),
+        kube_proxy_version: String::new(),
+        operating_system: "linux".into(),
+        architecture: first
+            .as_deref()
+            .map_or_else(|| NATIVE.to_owned(), |h| h.architecture.clone()),
+        ..NodeSystemInfo::default()
+    }
+}
+
+#[cfg(test)]
+mod tests;

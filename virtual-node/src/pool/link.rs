@@ -1,0 +1,236 @@
+//! The session with one host: introduce the tenant, follow its sandboxes, ping.
+//! One task a host, for as long as the process lives; a broken session is begun
+//! again after a back-off.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use backon::BackoffBuilder;
+use pool_agent_api::{
+    HostName, Invalid, SandboxKey, SandboxStatus, Tenant, status::PodEvent, tenant::MeshControl, wire,
+};
+use tokio::sync::{mpsc, watch};
+use tracing::{Instrument, info, info_span, warn};
+
+use super::{CallError, HostClient, HostTable, HostView, Membership, News, PoolEvent};
+use crate::config::PoolHost;
+
+/// How often a host says what it has free.
+const PING: Duration = Duration::from_secs(5);
+/// After the first failure; doubles.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+const RETRY_MOST: Duration = Duration::from_secs(5);
+
+pub(super) struct Link {
+    client: HostClient,
+    tenant: Tenant,
+    node_name: String,
+    events: mpsc::Sender<PoolEvent>,
+    table: Arc<watch::Sender<HostTable>>,
+    /// What the host was last known to have, over sessions.
+    known: BTreeSet<SandboxKey>,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum SessionError {
+    #[error(transparent)]
+    Call(#[from] CallError),
+    #[error("the host calls itself {name}")]
+    AnotherName { name: HostName },
+    #[error("the stream of sandboxes broke")]
+    Stream(#[source] Box<tonic::Status>),
+    #[error("the host ended the stream of sandboxes")]
+    Ended,
+    #[error("nobody listens any more")]
+    Unheard,
+}
+
+impl Link {
+    pub(super) fn new(
+        client: HostClient,
+        host: &PoolHost,
+        membership: &Membership,
+        events: mpsc::Sender<PoolEvent>,
+        table: Arc<watch::Sender<HostTable>>,
+    ) -> Self {
+        let Membership {
+            tenant,
+            node_name,
+            cluster,
+            mesh,
+        } = membership;
+        Self {
+            client,
+            tenant: Tenant {
+                id: tenant.clone(),
+                pod_range: host.pod_range,
+                cluster_pod_range: cluster.pod_range,
+                cluster_domain: cluster.domain.clone(),
+                dns_address: cluster.dns_address,
+                upstream_nameservers: cluster.upstream_nameservers.clone(),
+                mesh_control: MeshControl {
+                    address: mesh.advertise.clone(),
+                    trust_domain: mesh.trust_domain.clone(),
+                    cluster_id: mesh.cluster_id.clone(),
+                    network: mesh.network.clone(),
+                },
+            },
+            node_name: node_name.clone(),
+            events,
+            table,
+            known: BTreeSet::new(),
+        }
+    }
+
+    pub(super) async fn run(mut self) {
+        let span = info_span!("link", host = %self.client.name());
+        async move {
+            let policy = backon::ExponentialBuilder::new()
+                .with_min_delay(RETRY_FIRST)
+                .with_max_delay(RETRY_MOST)
+                .with_jitter()
+                .without_max_times();
+            let mut delays = policy.build();
+            // A host that stays away is worth one line, not one every few seconds.
+            let mut reported = false;
+            loop {
+                let mut synced = false;
+                let Err(error) = self.session(&mut synced).await;
+                if let SessionError::Unheard = error {
+                    return;
+                }
+                if synced {
+                    delays = policy.build();
+                }
+                if synced || !reported {
+                    warn!(
+                        error = &error as &dyn std::error::Error,
+                        "no session with the host"
+                    );
+                    reported = true;
+                }
+                self.set(|view| view.reachable = false);
+                if self.send(News::Lost).await.is_err() {
+                    return;
+                }
+                tokio::time::sleep(delays.next().unwrap_or(RETRY_MOST)).await;
+            }
+        }
+        .instrument(span)
+        .await;
+    }
+
+    async fn session(&mut self, synced: &mut bool) -> Result<std::convert::Infallible, SessionError> {
+        let host = self.client.get_host().await?;
+        if host.name != *self.client.name() {
+            return Err(SessionError::AnotherName { name: host.name });
+        }
+        self.client.configure_tenant(self.tenant.clone().into()).await?;
+        let mut stream = self.client.watch().await?;
+        let mut host = Some(Arc::new(host));
+        let mut seen = BTreeSet::new();
+        let client = self.client.clone();
+        let next_ping = || async {
+            tokio::time::sleep(PING).await;
+            client.get_host().await
+        };
+        let mut ping = std::pin::pin!(next_ping());
+        loop {
+            tokio::select! {
+                message = stream.message() => {
+                    let event = message
+                        .map_err(|status| SessionError::Stream(Box::new(status)))?
+                        .ok_or(SessionError::Ended)?;
+                    self.take(event, &mut seen, synced, &mut host).await?;
+                }
+                answer = &mut ping => {
+                    let fresh = Arc::new(answer?);
+                    if *synced {
+                        self.set(|view| view.host = Some(fresh));
+                    } else {
+                        host = Some(fresh);
+                    }
+                    ping.set(next_ping());
+                }
+            }
+        }
+    }
+
+    /// Passes one event on. One that cannot be understood is dropped with a
+    /// warning: the other sandboxes of the host are not to suffer.
+    async fn take(
+        &mut self,
+        event: wire::WatchEvent,
+        seen: &mut BTreeSet<SandboxKey>,
+        synced: &mut bool,
+        host: &mut Option<Arc<pool_agent_api::Host>>,
+    ) -> Result<(), SessionError> {
+        use wire::watch_event::Event;
+        match event.event {
+            Some(Event::Status(status)) => match SandboxStatus::try_from(status) {
+                Ok(status) if status.node_name == self.node_name => {
+                    self.known.insert(status.key.clone());
+                    if !*synced {
+                        seen.insert(status.key.clone());
+                    }
+                    self.send(News::Sandbox(Box::new(status))).await?;
+                }
+                // Of another virtual node of the tenant.
+                Ok(_) => {}
+                Err(invalid) => misunderstood(&invalid),
+            },
+            Some(Event::Forgotten(key)) => match SandboxKey::from_wire(Some(key)) {
+                Ok(key) => {
+                    self.known.remove(&key);
+                    self.send(News::Missing(key)).await?;
+                }
+                Err(invalid) => misunderstood(&invalid),
+            },
+            Some(Event::PodEvent(event)) => match PodEvent::try_from(event) {
+                Ok(event) => self.send(News::PodEvent(Box::new(event))).await?,
+                Err(invalid) => misunderstood(&invalid),
+            },
+            Some(Event::Synced(_)) if !*synced => {
+                let gone: Vec<_> = self.known.difference(seen).cloned().collect();
+                for key in gone {
+                    self.known.remove(&key);
+                    self.send(News::Missing(key)).await?;
+                }
+                seen.clear();
+                *synced = true;
+                info!(sandboxes = self.known.len(), "in sync with the host");
+                self.send(News::Synced).await?;
+                let host = host.take();
+                self.set(|view| {
+                    view.reachable = true;
+                    view.host = host;
+                });
+            }
+            Some(Event::Synced(_)) => {}
+            None => misunderstood(&Invalid::new("event", "is required")),
+        }
+        Ok(())
+    }
+
+    async fn send(&self, news: News) -> Result<(), SessionError> {
+        let event = PoolEvent {
+            host: self.client.name().clone(),
+            news,
+        };
+        self.events.send(event).await.map_err(|_| SessionError::Unheard)
+    }
+
+    fn set(&self, change: impl FnOnce(&mut HostView)) {
+        self.table.send_if_modified(|table| {
+            let Some(view) = table.get_mut(self.client.name()) else {
+                return false;
+            };
+            let before = view.clone();
+            change(view);
+            *view != before
+        });
+    }
+}
+
+fn misunderstood(invalid: &Invalid) {
+    warn!(error = %invalid, "the host sent an event that cannot be understood");
+}

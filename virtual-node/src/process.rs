@@ -1,0 +1,158 @@
+//! The process: every part started, wired and stopped. Called by `main`.
+//!
+//! Stopping stops nothing that runs: pods are the hosts', the Node stays, and
+//! the next process reads it all again.
+
+use std::{sync::Arc, time::Duration};
+
+use anyhow::Context;
+use kube::{
+    Client, Config as ClientConfig,
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use prometheus_client::registry::Registry;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use crate::{
+    config::Config,
+    event::Recorder,
+    mesh,
+    node::{self, Registration},
+    placement::Placer,
+    pod::{self, Directory, Supervisor, driver::Tools, translate::NodeFacts},
+    pool::{Membership, Pool},
+    pool_tls::{self, PoolTls},
+};
+
+/// Runs the virtual node until `shutdown`.
+pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let client = client(&config).await?;
+    let mut registry = Registry::default();
+    let pod_metrics = pod::metrics::Metrics::new(&mut registry);
+
+    let membership = Membership {
+        tenant: config.tenant.clone(),
+        node_name: config.node_name.clone(),
+        cluster: config.cluster.clone(),
+        mesh: config.mesh.clone(),
+    };
+    let pool_tls = PoolTls::load(pool_tls::Files {
+        trust_domain: config.pool.tls.trust_domain.clone(),
+        certificate: config.pool.tls.certificate.clone(),
+        key: config.pool.tls.key.clone(),
+        ca: config.pool.tls.ca.clone(),
+    })
+    .context("cannot use the pool credentials")?;
+    let pool_tls = Arc::new(pool_tls);
+    let follow = pool_tls.clone();
+    let until = shutdown.clone();
+    tokio::spawn(async move { follow.follow_files(RELOAD, until).await });
+
+    let control = mesh::Control::open(mesh_config(&config), &mut registry)
+        .await
+        .context("cannot start the mesh control plane")?;
+    let (pool, reports, hosts) = Pool::start(&config.pool.hosts, &pool_tls, &membership);
+    let (placer, placements) = Placer::start(hosts.clone());
+    let control = tokio::spawn(control.serve(client.clone(), pool_tls, placements, shutdown.clone()));
+    let recorder = Recorder::start(client.clone(), config.node_name.clone());
+
+    let identity = node::Identity {
+        name: config.node_name.clone(),
+        tenant: config.tenant.clone(),
+        address: config.address,
+        kubelet_port: config.kubelet.listen.port(),
+        settings: config.node.clone(),
+    };
+    let registration = Registration::new(client.clone(), identity.clone(), hosts.clone(), recorder.clone());
+    let registration = tokio::spawn(registration.run(shutdown.clone()));
+
+    let tools = Arc::new(Tools {
+        client: client.clone(),
+        pool: pool.clone(),
+        placer,
+        recorder,
+        facts: facts(&config, identity, hosts),
+        metrics: pod_metrics,
+    });
+    let (directory, queries) = Directory::new();
+    let names = config.pool.hosts.iter().map(|h| h.name.clone()).collect();
+    let pods = pod::watch_pods(client.clone(), &config.node_name);
+    let supervisor = Supervisor::new(tools, names).run(pods, reports, queries, shutdown.clone());
+    let supervisor = tokio::spawn(supervisor);
+
+    info!(node = config.node_name, tenant = %config.tenant, "virtual node started");
+    shutdown.cancelled().await;
+    info!("stopping; pods go on running");
+    drop(directory);
+    supervisor.await.context("the pods' supervisor broke")?;
+    registration.await.context("the node's registration broke")?;
+    control
+        .await
+        .context("the mesh control plane broke")?
+        .context("the mesh control plane failed")?;
+    Ok(())
+}
+
+/// How often the pool credentials' files are looked at.
+const RELOAD: Duration = Duration::from_secs(60);
+
+fn mesh_config(config: &Config) -> mesh::Config {
+    mesh::Config {
+        listen: config.mesh.listen,
+        node_name: config.node_name.clone(),
+        cluster: mesh::Cluster {
+            id: config.mesh.cluster_id.clone(),
+            network: config.mesh.network.clone(),
+            trust_domain: config.mesh.trust_domain.clone(),
+            domain: config.cluster.domain.clone(),
+        },
+        ca_dir: config.mesh.ca_dir.clone(),
+    }
+}
+
+async fn client(config: &Config) -> anyhow::Result<Client> {
+    let mut settings = match &config.kubeconfig {
+        Some(path) => {
+            let file =
+                Kubeconfig::read_from(path).with_context(|| format!("cannot read {}", path.display()))?;
+            ClientConfig::from_custom_kubeconfig(file, &KubeConfigOptions::default())
+                .await
+                .with_context(|| format!("cannot use {}", path.display()))?
+        }
+        None => {
+            ClientConfig::incluster().context("no kubeconfig is given, and there is no cluster around")?
+        }
+    };
+    settings.connect_timeout = Some(std::time::Duration::from_secs(10));
+    Client::try_from(settings).context("cannot make a client of the API server")
+}
+
+/// What pods are told of the node; follows the hosts.
+fn facts(
+    config: &Config,
+    identity: node::Identity,
+    mut hosts: watch::Receiver<crate::pool::HostTable>,
+) -> watch::Receiver<NodeFacts> {
+    let facts = |identity: &node::Identity, hosts: &crate::pool::HostTable| NodeFacts {
+        tenant: config.tenant.clone(),
+        node_name: config.node_name.clone(),
+        cluster_domain: config.cluster.domain.clone(),
+        dns_address: config.cluster.dns_address,
+        upstream_nameservers: config.cluster.upstream_nameservers.clone(),
+        allocatable: node::allocatable(identity, hosts),
+    };
+    let first = facts(&identity, &hosts.borrow_and_update());
+    let (sender, receiver) = watch::channel(first);
+    tokio::spawn(async move {
+        while hosts.changed().await.is_ok() {
+            let allocatable = node::allocatable(&identity, &hosts.borrow_and_update());
+            sender.send_if_modified(|facts| {
+                let before = std::mem::replace(&mut facts.allocatable, allocatable);
+                before != allocatable
+            });
+        }
+    });
+    receiver
+}
