@@ -99,6 +99,7 @@ impl Cache {
             if !wanted.exists() {
                 let building = shelf.join(".building");
                 file::remove_tree(&building).map_err(|e| at(&building, e))?;
+                step.note("building");
                 std::fs::create_dir(&building).map_err(|e| at(&building, e))?;
                 build(&building).await?;
                 std::fs::rename(&building, &wanted).map_err(|e| at(&wanted, e))?;
