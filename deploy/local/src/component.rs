@@ -303,7 +303,8 @@ impl Component {
             .map(Namespace::launcher)
             .unwrap_or_default();
         command.args(launcher).args(&self.argv).envs(&self.environment);
-        command.env(MARK, layout.instance().as_str());
+        // Logs are files: no colours in them.
+        command.env(MARK, layout.instance().as_str()).env("NO_COLOR", "1");
         command
             .current_dir("/")
             .stdin(Stdio::null())

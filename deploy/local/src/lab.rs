@@ -458,6 +458,7 @@ impl Site<'_> {
             self.programs,
         )
         .await?;
+        step.note("its process");
         node.start(self.layout, START).await?;
         step.note("waiting until it is Ready");
         cluster.wait_node(&self.layout.node_name(), START).await?;
