@@ -28,6 +28,7 @@ use serde::de::DeserializeOwned;
 use super::references::{
     References, Resolved, ServiceLink, ServiceLinkPort, Token, TokenSlot, TokenWanted, references,
 };
+use crate::mesh::object::DataplaneMode;
 
 #[derive(Debug, thiserror::Error)]
 #[error("cannot read {what}")]
@@ -246,7 +247,7 @@ async fn namespace_mode(
     client: &Client,
     namespace: &str,
     extent: Extent,
-) -> Result<Option<String>, ReadError> {
+) -> Result<Option<DataplaneMode>, ReadError> {
     if extent == Extent::Volumes {
         return Ok(None);
     }
@@ -254,10 +255,7 @@ async fn namespace_mode(
         .get_metadata(namespace)
         .await
         .map_err(read_error(format!("namespace {namespace}")))?;
-    Ok(found
-        .metadata
-        .labels
-        .and_then(|mut labels| labels.remove("istio.io/dataplane-mode")))
+    Ok(DataplaneMode::of(&found.metadata))
 }
 
 #[cfg(test)]

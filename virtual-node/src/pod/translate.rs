@@ -29,6 +29,7 @@ use pool_agent_api::{
 };
 
 use super::references::Resolved;
+use crate::mesh::object::DataplaneMode;
 
 /// What a pod may be told of where it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -79,19 +80,12 @@ pub(crate) struct Translated {
     pub(crate) skipped_variables: Vec<String>,
 }
 
-/// The label (or, on a pod, annotation) that takes a pod out of the mesh.
-const DATAPLANE_MODE: &str = "istio.io/dataplane-mode";
-
-/// Whether the pod is in the mesh: unless it, or else its namespace, opts out.
-pub(crate) fn mesh_mode(pod: &Pod, namespace_mode: Option<&str>) -> MeshMode {
-    let meta = &pod.metadata;
-    let own = [&meta.labels, &meta.annotations]
-        .into_iter()
-        .find_map(|map| map.as_ref()?.get(DATAPLANE_MODE))
-        .map(String::as_str);
-    match own.or(namespace_mode) {
-        Some("none") => MeshMode::Unmeshed,
-        _ => MeshMode::Enrolled,
+/// The mesh's own rule, so that hosts and control plane agree.
+fn mesh_mode(pod: &Pod, namespace_mode: Option<DataplaneMode>) -> MeshMode {
+    if DataplaneMode::enrols(DataplaneMode::of(&pod.metadata), namespace_mode) {
+        MeshMode::Enrolled
+    } else {
+        MeshMode::Unmeshed
     }
 }
 
@@ -139,7 +133,7 @@ pub(crate) fn translate(
         service_account: service_account(pod)?,
         labels: meta.labels.clone().unwrap_or_default(),
         annotations: meta.annotations.clone().unwrap_or_default(),
-        mesh: mesh_mode(pod, resolved.namespace_mode.as_deref()),
+        mesh: mesh_mode(pod, resolved.namespace_mode),
         runtime_handler,
         network: network::network(pod, spec, facts)?,
         security: security::pod_security(spec)?,
