@@ -98,8 +98,9 @@ pub struct Refusal {
 /// One pod's attachment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attachment {
+    mode: Mode,
     phase: Phase,
-    identified: bool,
+    held: bool,
     synced: bool,
 }
 
@@ -116,16 +117,18 @@ enum Phase {
 impl Attachment {
     pub fn new(mode: Mode) -> Self {
         Self {
+            mode,
             phase: Phase::New,
-            identified: mode == Mode::Unmeshed,
+            held: false,
             synced: false,
         }
     }
 
     pub fn state(self) -> AttachmentState {
+        let identified = self.held || self.mode == Mode::Unmeshed;
         match self.phase {
             Phase::New | Phase::Attaching | Phase::Ended => AttachmentState::Detached,
-            Phase::Attached if !self.identified => AttachmentState::Redirected,
+            Phase::Attached if !identified => AttachmentState::Redirected,
             Phase::Attached if !self.synced => AttachmentState::Identified,
             Phase::Attached => AttachmentState::Serving,
             Phase::Draining => AttachmentState::Draining,
@@ -153,18 +156,17 @@ impl Attachment {
                 });
             }
         };
-        Ok((
-            Self {
-                phase,
-                identified: match event {
-                    Event::CertificateHeld => true,
-                    Event::CertificateLost => false,
-                    _ => self.identified,
-                },
-                synced: self.synced || event == Event::Synced,
+        let next = Self {
+            phase,
+            held: match event {
+                Event::CertificateHeld => true,
+                Event::CertificateLost => false,
+                _ => self.held,
             },
-            effects,
-        ))
+            synced: self.synced || event == Event::Synced,
+            ..self
+        };
+        Ok((next, effects))
     }
 }
 

@@ -51,7 +51,7 @@ pub enum InvalidPoolTls {
 }
 
 impl PoolTls {
-    /// Parses PEM. Whether key, certificate and CA fit shows in [`connect`].
+    /// Parses PEM. Whether key, certificate and CA fit shows when the first channel is made.
     pub fn from_pem(
         certificate: &[u8],
         key: &[u8],

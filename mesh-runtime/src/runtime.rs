@@ -2,9 +2,9 @@
 //! attachments of their pods.
 //!
 //! Joins `redirect` (the kernel's part) and `proxy` (the connections' part). For
-//! a tenant it opens both over the same listeners ([`tenant`]); for a pod, one
+//! a tenant it opens both over the same listeners (`tenant`); for a pod, one
 //! task carries out what `attachment` orders and from then on follows the pod's
-//! certificate ([`drive`]).
+//! certificate (`drive`).
 //!
 //! What always holds:
 //! - dropping a [`MeshRuntime`], or the process' death, takes nothing out of the

@@ -157,7 +157,7 @@ proptest! {
             }
             match event {
                 Event::CertificateHeld => held = true,
-                Event::CertificateLost => held = false,
+                Event::CertificateLost => held = mode == Mode::Unmeshed,
                 Event::Synced => synced = true,
                 _ => {}
             }

@@ -9,29 +9,29 @@ use std::{
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
-pub const TCP: u8 = 6;
-pub const UDP: u8 = 17;
-pub const ICMP: u8 = 1;
+pub(crate) const TCP: u8 = 6;
+pub(crate) const UDP: u8 = 17;
+pub(crate) const ICMP: u8 = 1;
 
 /// A frame to be: change what the test is about, then `bytes`.
 #[derive(Debug, Clone)]
-pub struct Frame {
-    pub to: [u8; 6],
-    pub from: [u8; 6],
-    pub ethertype: u16,
-    pub source: Ipv4Addr,
-    pub destination: Ipv4Addr,
-    pub protocol: u8,
+pub(crate) struct Frame {
+    pub(crate) to: [u8; 6],
+    pub(crate) from: [u8; 6],
+    pub(crate) ethertype: u16,
+    pub(crate) source: Ipv4Addr,
+    pub(crate) destination: Ipv4Addr,
+    pub(crate) protocol: u8,
     /// Flags and offset, as in the header.
-    pub fragment: u16,
+    pub(crate) fragment: u16,
     /// After the IP header.
-    pub payload: Vec<u8>,
+    pub(crate) payload: Vec<u8>,
     /// In 4-byte words beyond the fixed header.
-    pub options: Vec<u8>,
+    pub(crate) options: Vec<u8>,
 }
 
 impl Frame {
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut f = Vec::new();
         f.extend(self.to);
         f.extend(self.from);
@@ -88,7 +88,7 @@ fn checksum(parts: &[&[u8]]) -> u16 {
     !(sum as u16)
 }
 
-pub fn udp(source: u16, destination: u16, data: &[u8]) -> Vec<u8> {
+pub(crate) fn udp(source: u16, destination: u16, data: &[u8]) -> Vec<u8> {
     let mut p = Vec::new();
     p.extend(source.to_be_bytes());
     p.extend(destination.to_be_bytes());
@@ -98,7 +98,7 @@ pub fn udp(source: u16, destination: u16, data: &[u8]) -> Vec<u8> {
     p
 }
 
-pub fn tcp_syn(source: u16, destination: u16) -> Vec<u8> {
+pub(crate) fn tcp_syn(source: u16, destination: u16) -> Vec<u8> {
     let mut p = Vec::new();
     p.extend(source.to_be_bytes());
     p.extend(destination.to_be_bytes());
@@ -108,7 +108,7 @@ pub fn tcp_syn(source: u16, destination: u16) -> Vec<u8> {
     p
 }
 
-pub fn icmp(kind: u8, code: u8, rest: [u8; 4], data: &[u8]) -> Vec<u8> {
+pub(crate) fn icmp(kind: u8, code: u8, rest: [u8; 4], data: &[u8]) -> Vec<u8> {
     let mut p = vec![kind, code, 0, 0];
     p.extend(rest);
     p.extend(data);
@@ -116,13 +116,13 @@ pub fn icmp(kind: u8, code: u8, rest: [u8; 4], data: &[u8]) -> Vec<u8> {
 }
 
 /// A packet socket on one device, bound so that it sees what comes in and out.
-pub struct Tap {
+pub(crate) struct Tap {
     socket: Socket,
 }
 
 impl Tap {
     /// In the namespace the thread stands in.
-    pub fn open(device: &str) -> io::Result<Self> {
+    pub(crate) fn open(device: &str) -> io::Result<Self> {
         let index = nix::net::if_::if_nametoindex(device)?;
         let all = (libc::ETH_P_ALL as u16).to_be();
         let socket = Socket::new(
@@ -146,12 +146,12 @@ impl Tap {
         Ok(Self { socket })
     }
 
-    pub fn send(&self, frame: &[u8]) -> io::Result<()> {
+    pub(crate) fn send(&self, frame: &[u8]) -> io::Result<()> {
         self.socket.send(frame).map(drop)
     }
 
     /// Frames until `wanted` says yes, or the deadline.
-    pub fn find(&self, deadline: Duration, wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
+    pub(crate) fn find(&self, deadline: Duration, wanted: impl Fn(&[u8]) -> bool) -> Option<Vec<u8>> {
         let end = Instant::now() + deadline;
         let mut buffer = vec![0u8; 70_000];
         while Instant::now() < end {
@@ -170,7 +170,7 @@ impl Tap {
     }
 
     /// What has arrived already.
-    pub fn drain(&self) -> Vec<Vec<u8>> {
+    pub(crate) fn drain(&self) -> Vec<Vec<u8>> {
         let mut frames = Vec::new();
         let mut buffer = vec![0u8; 70_000];
         while let Ok(n) = nix::sys::socket::recv(
@@ -184,6 +184,6 @@ impl Tap {
     }
 }
 
-pub fn contains(frame: &[u8], marker: &[u8]) -> bool {
+pub(crate) fn contains(frame: &[u8], marker: &[u8]) -> bool {
     frame.windows(marker.len()).any(|w| w == marker)
 }

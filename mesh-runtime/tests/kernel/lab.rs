@@ -26,49 +26,49 @@ use tokio::{
 };
 
 /// How long anything may take on a busy machine before a test gives up.
-pub const DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Long enough for a connection that is dropped to show that it is.
-pub const REFUSAL: Duration = Duration::from_millis(1500);
+pub(crate) const REFUSAL: Duration = Duration::from_millis(1500);
 
-pub const DNS: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
-pub const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
+pub(crate) const DNS: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
+pub(crate) const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
 /// A pod on another host.
-pub const REMOTE_POD: Ipv4Addr = Ipv4Addr::new(10, 77, 2, 9);
+pub(crate) const REMOTE_POD: Ipv4Addr = Ipv4Addr::new(10, 77, 2, 9);
 /// The host's own, in the underlay.
-pub const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 11);
+pub(crate) const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 11);
 /// Somebody outside the cluster.
-pub const STRANGER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 5);
-pub const ROUTER_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 2, 2);
+pub(crate) const STRANGER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 5);
+pub(crate) const ROUTER_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 2, 2);
 const OUTSIDE_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 2, 1);
-pub const UPLINK: &str = "uplink";
-pub const UPLINK_MAC: [u8; 6] = [2, 0, 0, 0, 0xfe, 2];
-pub const OUTSIDE_MAC: [u8; 6] = [2, 0, 0, 0, 0xfe, 1];
+pub(crate) const UPLINK: &str = "uplink";
+pub(crate) const UPLINK_MAC: [u8; 6] = [2, 0, 0, 0, 0xfe, 2];
+pub(crate) const OUTSIDE_MAC: [u8; 6] = [2, 0, 0, 0, 0xfe, 1];
 
 static COUNTER: AtomicU32 = AtomicU32::new(0);
 
-pub struct Lab {
+pub(crate) struct Lab {
     name: String,
-    pub outside: Space,
-    pub router: Space,
+    pub(crate) outside: Space,
+    pub(crate) router: Space,
     pods: Vec<Space>,
-    pub bpffs: Bpffs,
+    pub(crate) bpffs: Bpffs,
 }
 
 /// A network namespace.
-pub struct Space {
+pub(crate) struct Space {
     name: String,
-    pub netns: Netns,
+    pub(crate) netns: Netns,
 }
 
 /// A pod's end of things.
 #[derive(Debug, Clone)]
-pub struct Pod {
-    pub number: u8,
-    pub address: Ipv4Addr,
-    pub mac: [u8; 6],
-    pub device: String,
-    pub device_mac: [u8; 6],
+pub(crate) struct Pod {
+    pub(crate) number: u8,
+    pub(crate) address: Ipv4Addr,
+    pub(crate) mac: [u8; 6],
+    pub(crate) device: String,
+    pub(crate) device_mac: [u8; 6],
 }
 
 impl Space {
@@ -81,12 +81,12 @@ impl Space {
     }
 
     /// Runs `ip` with these lines as a batch.
-    pub fn ip(&self, batch: &str) {
+    pub(crate) fn ip(&self, batch: &str) {
         ip(&["-n", &self.name, "-batch", "-"], batch);
     }
 
     /// Runs `f` on a thread in this namespace.
-    pub fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
+    pub(crate) fn run<T: Send>(&self, f: impl FnOnce() -> T + Send) -> T {
         std::thread::scope(|scope| {
             scope
                 .spawn(|| {
@@ -99,7 +99,7 @@ impl Space {
     }
 
     /// Output of a command in this namespace.
-    pub fn output(&self, command: &str) -> String {
+    pub(crate) fn output(&self, command: &str) -> String {
         let out = Command::new("nsenter")
             .arg(format!("--net=/run/netns/{}", self.name))
             .args(["sh", "-c", command])
@@ -113,12 +113,12 @@ impl Space {
         String::from_utf8(out.stdout).unwrap()
     }
 
-    pub fn connect(&self, to: (Ipv4Addr, u16), within: Duration) -> std::io::Result<TcpStream> {
+    pub(crate) fn connect(&self, to: (Ipv4Addr, u16), within: Duration) -> std::io::Result<TcpStream> {
         self.run(|| TcpStream::connect_timeout(&SocketAddr::V4(SocketAddrV4::new(to.0, to.1)), within))
     }
 
     /// As the proxy dials: with an address that is not this namespace's.
-    pub fn dial(&self, source: Ipv4Addr, to: (Ipv4Addr, u16)) -> std::io::Result<TcpStream> {
+    pub(crate) fn dial(&self, source: Ipv4Addr, to: (Ipv4Addr, u16)) -> std::io::Result<TcpStream> {
         self.run(|| {
             let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
             socket.set_ip_transparent_v4(true)?;
@@ -129,13 +129,13 @@ impl Space {
         })
     }
 
-    pub fn udp(&self, address: Ipv4Addr, port: u16) -> std::net::UdpSocket {
+    pub(crate) fn udp(&self, address: Ipv4Addr, port: u16) -> std::net::UdpSocket {
         let socket = self.run(|| std::net::UdpSocket::bind((address, port)).unwrap());
         socket.set_read_timeout(Some(DEADLINE)).unwrap();
         socket
     }
 
-    pub fn tap(&self, device: &str) -> crate::frame::Tap {
+    pub(crate) fn tap(&self, device: &str) -> crate::frame::Tap {
         self.run(|| crate::frame::Tap::open(device).unwrap())
     }
 }
@@ -161,7 +161,7 @@ fn mac(bytes: [u8; 6]) -> String {
 }
 
 impl Lab {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         assert!(
             nix::unistd::geteuid().is_root(),
             "these tests make network namespaces: run them as root"
@@ -201,7 +201,7 @@ impl Lab {
     }
 
     /// A pod's namespace and devices, up. Not attached yet.
-    pub fn pod(&mut self, number: u8) -> Pod {
+    pub(crate) fn pod(&mut self, number: u8) -> Pod {
         let pod = Pod {
             number,
             address: Ipv4Addr::new(10, 77, 1, number),
@@ -230,16 +230,16 @@ impl Lab {
         pod
     }
 
-    pub fn space(&self, pod: &Pod) -> &Space {
+    pub(crate) fn space(&self, pod: &Pod) -> &Space {
         let wanted = format!("{}-p{}", self.name, pod.number);
         self.pods.iter().find(|space| space.name == wanted).unwrap()
     }
 
-    pub fn delete_device(&self, pod: &Pod) {
+    pub(crate) fn delete_device(&self, pod: &Pod) {
         self.router.ip(&format!("link del {}\n", pod.device));
     }
 
-    pub fn config(&self, tenant: &str) -> RouterConfig {
+    pub(crate) fn config(&self, tenant: &str) -> RouterConfig {
         RouterConfig {
             router: self.router.netns.clone(),
             uplink: UPLINK.to_owned(),
@@ -252,7 +252,7 @@ impl Lab {
         }
     }
 
-    pub async fn open(&self) -> (Router, Proxy) {
+    pub(crate) async fn open(&self) -> (Router, Proxy) {
         let (router, listeners) = Router::open(self.config("acme")).await.unwrap();
         (router, Proxy::start(listeners))
     }
@@ -268,7 +268,7 @@ impl Drop for Space {
 }
 
 /// A BPF file system of a test's own.
-pub struct Bpffs {
+pub(crate) struct Bpffs {
     directory: tempfile::TempDir,
 }
 
@@ -286,7 +286,7 @@ impl Bpffs {
         Self { directory }
     }
 
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.directory.path()
     }
 }
@@ -300,11 +300,11 @@ impl Drop for Bpffs {
 }
 
 impl Pod {
-    pub fn enrolled(&self) -> Device {
+    pub(crate) fn enrolled(&self) -> Device {
         self.attached(Mode::Enrolled)
     }
 
-    pub fn unmeshed(&self) -> Device {
+    pub(crate) fn unmeshed(&self) -> Device {
         self.attached(Mode::Unmeshed)
     }
 
@@ -318,7 +318,7 @@ impl Pod {
     }
 
     /// A frame as this pod may send it.
-    pub fn frame(&self, destination: Ipv4Addr, protocol: u8, payload: Vec<u8>) -> crate::frame::Frame {
+    pub(crate) fn frame(&self, destination: Ipv4Addr, protocol: u8, payload: Vec<u8>) -> crate::frame::Frame {
         crate::frame::Frame {
             to: self.device_mac,
             from: self.mac,
@@ -335,17 +335,17 @@ impl Pod {
 
 /// Stands in for the proxy: tells each connection which listener took it and
 /// between which addresses, then echoes. Dropping it is the agent's death.
-pub struct Proxy {
+pub(crate) struct Proxy {
     tasks: JoinSet<()>,
 }
 
 impl Proxy {
-    pub fn start(listeners: Listeners) -> Self {
+    pub(crate) fn start(listeners: Listeners) -> Self {
         Self::tagged(listeners, "")
     }
 
     /// One that adds `tag` to its listeners' names.
-    pub fn tagged(listeners: Listeners, tag: &'static str) -> Self {
+    pub(crate) fn tagged(listeners: Listeners, tag: &'static str) -> Self {
         let mut tasks = JoinSet::new();
         let Listeners {
             outbound,
@@ -367,7 +367,7 @@ impl Proxy {
                     let local = stream.local_addr().unwrap();
                     connections.spawn(async move {
                         let greeting = format!("{name}{tag} {peer} {local}\n");
-                        let _ = stream.write_all(greeting.as_bytes()).await;
+                        stream.write_all(greeting.as_bytes()).await.ok();
                         let mut buffer = vec![0; 4096];
                         while let Ok(n @ 1..) = stream.read(&mut buffer).await {
                             // The client asks this side to close first.
@@ -391,20 +391,20 @@ impl Proxy {
     }
 
     /// The agent's death: its sockets are closed when this returns.
-    pub async fn die(mut self) {
+    pub(crate) async fn die(mut self) {
         self.tasks.shutdown().await;
     }
 }
 
 /// What the proxy said of the connection.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Greeting {
-    pub listener: String,
-    pub peer: SocketAddr,
-    pub local: SocketAddr,
+pub(crate) struct Greeting {
+    pub(crate) listener: String,
+    pub(crate) peer: SocketAddr,
+    pub(crate) local: SocketAddr,
 }
 
-pub fn greeting(stream: &TcpStream) -> Greeting {
+pub(crate) fn greeting(stream: &TcpStream) -> Greeting {
     stream.set_read_timeout(Some(DEADLINE)).unwrap();
     let mut line = String::new();
     // One byte at a time, so that nothing after the line is swallowed.
@@ -418,7 +418,7 @@ pub fn greeting(stream: &TcpStream) -> Greeting {
     }
 }
 
-pub fn echo(mut stream: &TcpStream, text: &str) -> std::io::Result<String> {
+pub(crate) fn echo(mut stream: &TcpStream, text: &str) -> std::io::Result<String> {
     use std::io::Read;
     stream.set_read_timeout(Some(DEADLINE))?;
     stream.write_all(text.as_bytes())?;
@@ -428,7 +428,7 @@ pub fn echo(mut stream: &TcpStream, text: &str) -> std::io::Result<String> {
 }
 
 /// A TCP server that says where its connections come from.
-pub fn serve(space: &Space, address: Ipv4Addr, port: u16) -> Server {
+pub(crate) fn serve(space: &Space, address: Ipv4Addr, port: u16) -> Server {
     let listener = space.run(|| {
         let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         socket.set_reuse_address(true).unwrap();
@@ -444,23 +444,22 @@ pub fn serve(space: &Space, address: Ipv4Addr, port: u16) -> Server {
         while let Ok((mut stream, peer)) = listener.accept().await {
             let local = stream.local_addr().unwrap();
             connections.spawn(async move {
-                let _ = stream
-                    .write_all(format!("server {peer} {local}\n").as_bytes())
-                    .await;
+                let greeting = format!("server {peer} {local}\n");
+                stream.write_all(greeting.as_bytes()).await.ok();
                 let (mut read, mut write) = stream.split();
-                let _ = tokio::io::copy(&mut read, &mut write).await;
+                tokio::io::copy(&mut read, &mut write).await.ok();
             });
         }
     });
     Server { _tasks: tasks }
 }
 
-pub struct Server {
+pub(crate) struct Server {
     _tasks: JoinSet<()>,
 }
 
 /// Waits for a condition, by looking at it.
-pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let end = Instant::now() + DEADLINE;
     while !holds() {
         assert!(Instant::now() < end, "never happened: {what}");
@@ -468,6 +467,6 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
-pub fn count(drops: &Drops, reason: Reason) -> u64 {
+pub(crate) fn count(drops: &Drops, reason: Reason) -> u64 {
     drops.count(reason).unwrap()
 }
