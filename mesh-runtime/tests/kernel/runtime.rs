@@ -12,7 +12,7 @@ use mesh_runtime::{
 use pool_agent_api::{Attempt, SandboxKey, Tenant, TenantId, tenant::MeshControl};
 use prometheus_client::registry::Registry;
 
-use crate::lab::{DNS, Lab, Pod, REFUSAL, UPLINK, VIP, eventually};
+use crate::lab::{DEADLINE, DNS, Lab, Pod, REFUSAL, UPLINK, VIP, eventually};
 
 fn pool_tls() -> PoolTls {
     let ca_key = rcgen::KeyPair::generate().unwrap();
@@ -280,5 +280,8 @@ async fn the_next_process_finds_its_pods_where_the_last_one_left_them() {
     let (runtime, registry) = opened(&lab).await;
     let attachment = runtime.attach(wanted(&pod, 1, Mode::Enrolled)).await.unwrap();
     assert_eq!(*attachment.state().borrow(), AttachmentState::Redirected);
+    // Its connections come to this process: a listener takes them.
+    let stream = lab.space(&pod).connect((VIP, 80), DEADLINE);
+    assert!(stream.is_ok(), "{stream:?}");
     eventually("told", || metrics(&registry).contains("state=\"redirected\"} 1"));
 }
