@@ -54,6 +54,9 @@ use crate::{placement::Placements, pool_tls::PoolTls};
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// At the end, connections get this long to close; hosts come back to the next process.
+const DRAIN: Duration = Duration::from_secs(3);
+
 /// A host has one xDS stream and asks for a few certificates at a time.
 const MAX_STREAMS: u32 = 128;
 
@@ -161,9 +164,17 @@ impl Control {
             publish,
             Arc::clone(&self.metrics),
         );
+        let overdue = {
+            let shutdown = shutdown.clone();
+            async move {
+                shutdown.cancelled().await;
+                tokio::time::sleep(DRAIN).await;
+            }
+        };
         tokio::select! {
             served = self.answer(pool, placements, snapshots, shutdown) => served,
             () = source => Ok(()),
+            () = overdue => Ok(()),
         }
     }
 
