@@ -321,7 +321,7 @@ fn change(snapshot: &mut Snapshot, step: &Step) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2_000))]
+    #![proptest_config(ProptestConfig::with_cases(1_000))]
 
     #[test]
     fn a_clients_view_ends_as_what_it_subscribed_to(
