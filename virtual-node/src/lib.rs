@@ -4,6 +4,7 @@
 
 pub mod config;
 mod event;
+mod kubelet;
 pub mod mesh;
 mod node;
 pub mod placement;

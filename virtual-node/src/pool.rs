@@ -278,6 +278,11 @@ impl HostClient {
         Ok(answer.sandboxes)
     }
 
+    /// What a stream of this host's ended with.
+    pub(crate) fn refused(&self, status: tonic::Status) -> CallError {
+        CallError::new(&self.name, status)
+    }
+
     fn malformed(&self, invalid: Invalid) -> CallError {
         CallError::Malformed {
             host: self.name.clone(),

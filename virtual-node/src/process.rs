@@ -18,6 +18,7 @@ use tracing::info;
 use crate::{
     config::Config,
     event::Recorder,
+    kubelet::Kubelet,
     mesh,
     node::{self, Registration},
     placement::Placer,
@@ -82,12 +83,25 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let supervisor = Supervisor::new(tools, names).run(pods, reports, queries, shutdown.clone());
     let supervisor = tokio::spawn(supervisor);
 
+    let kubelet = Kubelet {
+        config: config.kubelet.clone(),
+        node_name: config.node_name.clone(),
+        address: config.address,
+        client,
+        directory,
+        pool,
+    };
+    let kubelet = tokio::spawn(kubelet.serve(shutdown.clone()));
+
     info!(node = config.node_name, tenant = %config.tenant, "virtual node started");
     shutdown.cancelled().await;
     info!("stopping; pods go on running");
-    drop(directory);
     supervisor.await.context("the pods' supervisor broke")?;
     registration.await.context("the node's registration broke")?;
+    kubelet
+        .await
+        .context("the kubelet API broke")?
+        .context("the kubelet API failed")?;
     control
         .await
         .context("the mesh control plane broke")?
