@@ -106,9 +106,16 @@ impl Kubelet {
     /// Listens, and serves until `shutdown`. Streams that are open then are cut.
     pub(crate) async fn serve(self, shutdown: CancellationToken) -> Result<(), KubeletError> {
         let address = self.config.listen;
-        let tls = serving::start(&self.config, &self.node_name, self.address, self.client.clone(), &shutdown)?;
-        let listener =
-            TcpListener::bind(address).await.map_err(|source| KubeletError::Listen { address, source })?;
+        let tls = serving::start(
+            &self.config,
+            &self.node_name,
+            self.address,
+            self.client.clone(),
+            &shutdown,
+        )?;
+        let listener = TcpListener::bind(address)
+            .await
+            .map_err(|source| KubeletError::Listen { address, source })?;
         let context = Context {
             node_name: self.node_name.as_str().into(),
             directory: self.directory,
@@ -163,8 +170,11 @@ async fn connection(socket: TcpStream, acceptor: TlsAcceptor, router: Router) {
         Ok(Err(error)) => return debug!(%error, "TLS handshake failed"),
         Err(_) => return debug!("TLS handshake took too long"),
     };
-    let chain: Option<Arc<[CertificateDer<'static>]>> =
-        tls.get_ref().1.peer_certificates().map(|chain| chain.iter().map(|c| c.clone().into_owned()).collect());
+    let chain: Option<Arc<[CertificateDer<'static>]>> = tls
+        .get_ref()
+        .1
+        .peer_certificates()
+        .map(|chain| chain.iter().map(|c| c.clone().into_owned()).collect());
     let service = TowerToHyperService::new(router.layer(Extension(Certificates(chain))));
     let served = hyper::server::conn::http1::Builder::new()
         .timer(hyper_util::rt::TokioTimer::new())
@@ -203,8 +213,15 @@ fn router(context: Context, gate: Gate) -> Router {
 
 /// Lets a request through if somebody known, who may, sent it.
 async fn admit(State(gate): State<Gate>, mut request: Request<Body>, next: Next) -> Response {
-    let certificates = request.extensions_mut().remove::<Certificates>().and_then(|c| c.0);
-    let user = match gate.authenticator.authenticate(certificates.as_deref(), request.headers()).await {
+    let certificates = request
+        .extensions_mut()
+        .remove::<Certificates>()
+        .and_then(|c| c.0);
+    let user = match gate
+        .authenticator
+        .authenticate(certificates.as_deref(), request.headers())
+        .await
+    {
         Ok(user) => user,
         Err(error) => {
             warn!(
@@ -238,9 +255,17 @@ enum Refused {
     #[error("pod {namespace}/{pod} has not been started yet")]
     NotStarted { namespace: String, pod: String },
     #[error("pod {namespace}/{pod} has another UID than {uid}")]
-    AnotherPod { namespace: String, pod: String, uid: String },
+    AnotherPod {
+        namespace: String,
+        pod: String,
+        uid: String,
+    },
     #[error("container {container} is not in pod {namespace}/{pod}")]
-    NoContainer { namespace: String, pod: String, container: String },
+    NoContainer {
+        namespace: String,
+        pod: String,
+        container: String,
+    },
     #[error("{0}: {1}")]
     Parameter(&'static str, String),
     #[error("the connection cannot be upgraded: send Connection: Upgrade")]
@@ -281,7 +306,11 @@ impl Context {
         if let Some(uid) = uid
             && found.pod.metadata.uid.as_deref() != Some(uid)
         {
-            return Err(Refused::AnotherPod { namespace, pod, uid: uid.to_owned() });
+            return Err(Refused::AnotherPod {
+                namespace,
+                pod,
+                uid: uid.to_owned(),
+            });
         }
         let Some((place, status)) = &found.sandbox else {
             return Err(Refused::NotStarted { namespace, pod });
@@ -295,7 +324,10 @@ impl Context {
 fn has_container(found: &Found, container: &str) -> Result<(), Refused> {
     let spec = found.pod.spec.as_ref();
     let named = spec.is_some_and(|spec| {
-        let all = spec.containers.iter().chain(spec.init_containers.iter().flatten());
+        let all = spec
+            .containers
+            .iter()
+            .chain(spec.init_containers.iter().flatten());
         all.into_iter().any(|c| c.name == container)
     });
     if named {

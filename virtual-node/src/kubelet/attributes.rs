@@ -55,14 +55,23 @@ mod tests {
             ("//stats", &["stats"]),
         ];
         for (path, subresources) in table {
-            let expected = Attributes { verb: "get", subresources };
+            let expected = Attributes {
+                verb: "get",
+                subresources,
+            };
             assert_eq!(of(&Method::GET, path), expected, "{path}");
         }
     }
 
     #[test]
     fn what_runs_a_command_asks_for_create_whatever_the_method() {
-        for path in ["/exec/a/b/c", "/attach/a/b/c", "/portForward/a/b", "/run/a/b/c", "//exec/a/b/c"] {
+        for path in [
+            "/exec/a/b/c",
+            "/attach/a/b/c",
+            "/portForward/a/b",
+            "/run/a/b/c",
+            "//exec/a/b/c",
+        ] {
             for method in [Method::GET, Method::POST, Method::HEAD, Method::OPTIONS] {
                 assert_eq!(of(&method, path).verb, "create", "{method} {path}");
             }

@@ -53,7 +53,11 @@ pub(super) struct Authenticator {
 
 impl Authenticator {
     pub(super) fn new(client: Client, certificates: Arc<dyn ClientCertVerifier>) -> Self {
-        Self { client, certificates, tokens: Arc::new(Mutex::new(ReviewCache::new(TOKENS))) }
+        Self {
+            client,
+            certificates,
+            tokens: Arc::new(Mutex::new(ReviewCache::new(TOKENS))),
+        }
     }
 
     /// The certificate is asked first; a certificate of a stranger does not stop
@@ -97,17 +101,27 @@ impl Authenticator {
         Ok(User {
             name: name.to_owned(),
             uid: None,
-            groups: groups.map(str::to_owned).chain(["system:authenticated".to_owned()]).collect(),
+            groups: groups
+                .map(str::to_owned)
+                .chain(["system:authenticated".to_owned()])
+                .collect(),
         })
     }
 
     async fn token(&self, token: &str) -> Result<User, AuthenticateError> {
         let hash: [u8; 32] = Sha256::digest(token).into();
-        let kept = self.tokens.lock().unwrap_or_else(PoisonError::into_inner).get(&hash, Instant::now());
+        let kept = self
+            .tokens
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&hash, Instant::now());
         let user = match kept {
             Some(kept) => kept,
             None => {
-                let user = self.review(token).await.map_err(|e| AuthenticateError::Review(Arc::new(e)))?;
+                let user = self
+                    .review(token)
+                    .await
+                    .map_err(|e| AuthenticateError::Review(Arc::new(e)))?;
                 let keep = if user.is_some() { KEEP } else { KEEP_REFUSED };
                 let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
                 tokens.put(hash, user.clone(), keep, Instant::now());
@@ -119,11 +133,18 @@ impl Authenticator {
 
     async fn review(&self, token: &str) -> Result<Option<User>, kube::Error> {
         let review = TokenReview {
-            spec: TokenReviewSpec { token: token.to_owned(), ..TokenReviewSpec::default() },
+            spec: TokenReviewSpec {
+                token: token.to_owned(),
+                ..TokenReviewSpec::default()
+            },
             ..TokenReview::default()
         };
         let reviews: Api<TokenReview> = Api::all(self.client.clone());
-        let status = reviews.create(&PostParams::default(), &review).await?.status.unwrap_or_default();
+        let status = reviews
+            .create(&PostParams::default(), &review)
+            .await?
+            .status
+            .unwrap_or_default();
         if status.authenticated != Some(true) {
             return Ok(None);
         }
@@ -141,5 +162,6 @@ fn bearer(headers: &HeaderMap) -> Option<&str> {
     let value = headers.get(AUTHORIZATION)?.to_str().ok()?;
     let (scheme, token) = value.split_once(' ')?;
     let token = token.trim();
-    (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty() && token.len() <= LONGEST_TOKEN).then_some(token)
+    (scheme.eq_ignore_ascii_case("bearer") && !token.is_empty() && token.len() <= LONGEST_TOKEN)
+        .then_some(token)
 }

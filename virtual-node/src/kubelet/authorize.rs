@@ -21,7 +21,12 @@ pub(super) enum AuthorizeError {
         "{user:?} may not {verb} nodes/{} of node {node:?}: grant that verb on that subresource",
         subresources.join(" or nodes/")
     )]
-    Denied { user: String, verb: &'static str, subresources: &'static [&'static str], node: String },
+    Denied {
+        user: String,
+        verb: &'static str,
+        subresources: &'static [&'static str],
+        node: String,
+    },
     #[error("the API server could not be asked whether {user:?} may do this")]
     Review {
         user: String,
@@ -41,7 +46,11 @@ pub(super) struct Authorizer {
 
 impl Authorizer {
     pub(super) fn new(client: Client, node: String) -> Self {
-        Self { client, node: node.into(), answers: Arc::new(Mutex::new(ReviewCache::new(ANSWERS))) }
+        Self {
+            client,
+            node: node.into(),
+            answers: Arc::new(Mutex::new(ReviewCache::new(ANSWERS))),
+        }
     }
 
     pub(super) async fn authorize(&self, user: &User, asked: &Attributes) -> Result<(), AuthorizeError> {
@@ -65,14 +74,21 @@ impl Authorizer {
         subresource: &'static str,
     ) -> Result<bool, AuthorizeError> {
         let question = (user.clone(), verb, subresource);
-        let kept = self.answers.lock().unwrap_or_else(PoisonError::into_inner).get(&question, Instant::now());
+        let kept = self
+            .answers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&question, Instant::now());
         if let Some(allowed) = kept {
             return Ok(allowed);
         }
-        let allowed = self.review(user, verb, subresource).await.map_err(|source| AuthorizeError::Review {
-            user: user.name.clone(),
-            source: Box::new(source),
-        })?;
+        let allowed =
+            self.review(user, verb, subresource)
+                .await
+                .map_err(|source| AuthorizeError::Review {
+                    user: user.name.clone(),
+                    source: Box::new(source),
+                })?;
         let keep = if allowed { KEEP_ALLOWED } else { KEEP_DENIED };
         let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
         answers.put(question, allowed, keep, Instant::now());
@@ -99,7 +115,11 @@ impl Authorizer {
             ..SubjectAccessReview::default()
         };
         let reviews: Api<SubjectAccessReview> = Api::all(self.client.clone());
-        let status = reviews.create(&PostParams::default(), &review).await?.status.unwrap_or_default();
+        let status = reviews
+            .create(&PostParams::default(), &review)
+            .await?
+            .status
+            .unwrap_or_default();
         Ok(status.allowed && status.denied != Some(true))
     }
 }

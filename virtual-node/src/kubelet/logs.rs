@@ -18,7 +18,12 @@ pub(super) async fn logs(
 ) -> Result<Response, Refused> {
     let (host, key, found) = context.sandbox(&namespace, &pod, None).await?;
     has_container(&found, &container)?;
-    let request = request(&key, &container, query.as_deref().unwrap_or_default(), Timestamp::now())?;
+    let request = request(
+        &key,
+        &container,
+        query.as_deref().unwrap_or_default(),
+        Timestamp::now(),
+    )?;
     let chunks = host.logs(request).await?;
     // A status after the first byte can only cut the response short.
     let body = Body::from_stream(chunks.map(|chunk| chunk.map(|c| c.data)));
@@ -40,7 +45,9 @@ fn request(
     let mut since_seconds = None;
     for (name, value) in form_urlencoded::parse(query.as_bytes()) {
         let count = |name: &'static str| {
-            value.parse::<u64>().map_err(|_| Refused::Parameter(name, format!("{value:?} is not a whole number")))
+            value
+                .parse::<u64>()
+                .map_err(|_| Refused::Parameter(name, format!("{value:?} is not a whole number")))
         };
         match &*name {
             "follow" => request.follow = flag("follow", &value)?,
@@ -56,9 +63,9 @@ fn request(
                 seconds => since_seconds = Some(seconds),
             },
             "sinceTime" => {
-                let at: Timestamp = value
-                    .parse()
-                    .map_err(|_| Refused::Parameter("sinceTime", format!("{value:?} is not an RFC 3339 time")))?;
+                let at: Timestamp = value.parse().map_err(|_| {
+                    Refused::Parameter("sinceTime", format!("{value:?} is not an RFC 3339 time"))
+                })?;
                 request.since = Some(wire_timestamp(at));
             }
             // The kubelet passes over what it does not know.
@@ -67,7 +74,10 @@ fn request(
     }
     if let Some(seconds) = since_seconds {
         if request.since.is_some() {
-            return Err(Refused::Parameter("sinceSeconds", "may not stand beside sinceTime".into()));
+            return Err(Refused::Parameter(
+                "sinceSeconds",
+                "may not stand beside sinceTime".into(),
+            ));
         }
         let ago = SignedDuration::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX));
         let at = now.checked_sub(ago).unwrap_or(Timestamp::UNIX_EPOCH);
@@ -81,7 +91,10 @@ pub(super) fn flag(name: &'static str, value: &str) -> Result<bool, Refused> {
     match value {
         "" | "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
         "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
-        other => Err(Refused::Parameter(name, format!("{other:?} is not true or false"))),
+        other => Err(Refused::Parameter(
+            name,
+            format!("{other:?} is not true or false"),
+        )),
     }
 }
 
@@ -90,13 +103,18 @@ mod tests {
     use super::*;
 
     fn parse(query: &str) -> Result<wire::LogsRequest, Refused> {
-        let key = SandboxKey { pod: "u".parse().unwrap(), attempt: pool_agent_api::Attempt::FIRST };
+        let key = SandboxKey {
+            pod: "u".parse().unwrap(),
+            attempt: pool_agent_api::Attempt::FIRST,
+        };
         request(&key, "app", query, Timestamp::from_second(1_000).unwrap())
     }
 
     #[test]
     fn every_option_of_kubectl_logs_reaches_the_host() {
-        let request = parse("follow=true&previous=1&timestamps=true&tailLines=5&limitBytes=9&sinceSeconds=100").unwrap();
+        let request =
+            parse("follow=true&previous=1&timestamps=true&tailLines=5&limitBytes=9&sinceSeconds=100")
+                .unwrap();
         assert!(request.follow && request.previous && request.timestamps);
         assert_eq!((request.tail_lines, request.limit_bytes), (Some(5), Some(9)));
         assert_eq!(request.since.unwrap().seconds, 900);
@@ -116,7 +134,10 @@ mod tests {
             ("sinceSeconds=1&sinceTime=1970-01-01T00:00:07Z", "sinceSeconds"),
         ] {
             let refused = parse(query).unwrap_err();
-            assert!(matches!(refused, Refused::Parameter(n, _) if n == name), "{query}: {refused}");
+            assert!(
+                matches!(refused, Refused::Parameter(n, _) if n == name),
+                "{query}: {refused}"
+            );
         }
     }
 }

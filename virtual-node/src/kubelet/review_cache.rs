@@ -13,11 +13,17 @@ pub(super) struct ReviewCache<K, V> {
 
 impl<K: Hash + Eq, V: Clone> ReviewCache<K, V> {
     pub(super) fn new(most: usize) -> Self {
-        Self { entries: HashMap::new(), most }
+        Self {
+            entries: HashMap::new(),
+            most,
+        }
     }
 
     pub(super) fn get(&self, key: &K, now: Instant) -> Option<V> {
-        self.entries.get(key).filter(|(_, until)| now < *until).map(|(value, _)| value.clone())
+        self.entries
+            .get(key)
+            .filter(|(_, until)| now < *until)
+            .map(|(value, _)| value.clone())
     }
 
     pub(super) fn put(&mut self, key: K, value: V, keep: Duration, now: Instant) {
@@ -54,7 +60,10 @@ mod tests {
         assert_eq!(cache.get(&"c", now), None);
         let later = now + Duration::from_secs(2);
         cache.put("c", 3, Duration::from_secs(100), later);
-        assert_eq!((cache.get(&"b", later), cache.get(&"c", later)), (Some(2), Some(3)));
+        assert_eq!(
+            (cache.get(&"b", later), cache.get(&"c", later)),
+            (Some(2), Some(3))
+        );
         assert!(cache.entries.len() <= 2);
     }
 }

@@ -93,7 +93,11 @@ pub(super) fn start(
             current.0.store(Some(Arc::new(load(certificate, key)?)));
             let (certificate, key, current) = (certificate.clone(), key.clone(), current.clone());
             let shutdown = shutdown.clone();
-            tokio::spawn(async move { shutdown.run_until_cancelled(reload(&certificate, &key, &current)).await });
+            tokio::spawn(async move {
+                shutdown
+                    .run_until_cancelled(reload(&certificate, &key, &current))
+                    .await
+            });
         }
         None => {
             let requester = request::Requester::new(client, node_name, address);
@@ -110,7 +114,10 @@ pub(super) fn start(
         .with_client_cert_verifier(Arc::new(Asking(client_verifier.clone())))
         .with_cert_resolver(current);
     tls.alpn_protocols = vec![b"http/1.1".to_vec()];
-    Ok(Tls { config: Arc::new(tls), client_verifier })
+    Ok(Tls {
+        config: Arc::new(tls),
+        client_verifier,
+    })
 }
 
 /// Takes up changed files; what cannot be used leaves the old pair in place.
@@ -126,7 +133,10 @@ async fn reload(certificate: &Path, key: &Path, current: &Current) {
                 }
             }
             Err(error) => {
-                warn!(error = &error as &dyn std::error::Error, "kubelet API's certificate cannot be taken up")
+                warn!(
+                    error = &error as &dyn std::error::Error,
+                    "kubelet API's certificate cannot be taken up"
+                )
             }
         }
     }
@@ -141,22 +151,35 @@ fn load(certificate: &Path, key: &Path) -> Result<CertifiedKey, ServingError> {
         .and_then(Iterator::collect)
         .map_err(pem(certificate))?;
     let private = PrivateKeyDer::from_pem_file(key).map_err(pem(key))?;
-    CertifiedKey::from_der(chain, private, &aws_lc_rs::default_provider())
-        .map_err(|source| ServingError::Pair { path: certificate.to_owned(), source })
+    CertifiedKey::from_der(chain, private, &aws_lc_rs::default_provider()).map_err(|source| {
+        ServingError::Pair {
+            path: certificate.to_owned(),
+            source,
+        }
+    })
 }
 
 fn client_verifier(ca: &Path) -> Result<Arc<dyn ClientCertVerifier>, ServingError> {
     let mut roots = RootCertStore::empty();
     let certificates = CertificateDer::pem_file_iter(ca)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|source| ServingError::Pem { path: ca.to_owned(), source })?;
+        .map_err(|source| ServingError::Pem {
+            path: ca.to_owned(),
+            source,
+        })?;
     for certificate in certificates {
-        roots.add(certificate).map_err(|source| ServingError::ClientCa { path: ca.to_owned(), source })?;
+        roots.add(certificate).map_err(|source| ServingError::ClientCa {
+            path: ca.to_owned(),
+            source,
+        })?;
     }
     let provider = Arc::new(aws_lc_rs::default_provider());
     WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
         .build()
-        .map_err(|source| ServingError::NoClientCa { path: ca.to_owned(), source })
+        .map_err(|source| ServingError::NoClientCa {
+            path: ca.to_owned(),
+            source,
+        })
 }
 
 /// Asks for a certificate and checks that the client holds its key; whose it is

@@ -29,7 +29,12 @@ pub(super) async fn summary(State(context): State<Context>) -> Json<Value> {
 pub(super) async fn resource(State(context): State<Context>) -> Response {
     let usage = Usage::ask(&context).await;
     let text = usage.exposition(Timestamp::now());
-    (StatusCode::OK, [("content-type", "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+    (
+        StatusCode::OK,
+        [("content-type", "text/plain; version=0.0.4; charset=utf-8")],
+        text,
+    )
+        .into_response()
 }
 
 #[derive(Debug, Default)]
@@ -48,7 +53,9 @@ struct Sum {
 impl Sum {
     fn add(&mut self, container: &wire::ContainerStats) {
         self.cpu_nanos = self.cpu_nanos.saturating_add(container.cpu_usage_core_nanos);
-        self.working_set = self.working_set.saturating_add(container.memory_working_set_bytes);
+        self.working_set = self
+            .working_set
+            .saturating_add(container.memory_working_set_bytes);
     }
 
     fn of<'a>(containers: impl IntoIterator<Item = &'a wire::ContainerStats>) -> Self {
@@ -74,7 +81,12 @@ fn time(at: Option<&prost_types::Timestamp>) -> Option<Timestamp> {
 
 impl Usage {
     async fn ask(context: &Context) -> Self {
-        let answers = join_all(context.pool.hosts().map(async |host| (host.name().clone(), host.stats().await)));
+        let answers = join_all(
+            context
+                .pool
+                .hosts()
+                .map(async |host| (host.name().clone(), host.stats().await)),
+        );
         let mut usage = Self::default();
         for (host, answer) in answers.await {
             match answer {
@@ -86,7 +98,9 @@ impl Usage {
             }
         }
         // What pods are called comes from hosts: it is escaped where it is printed.
-        usage.pods.sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
+        usage
+            .pods
+            .sort_by(|a, b| (&a.namespace, &a.name).cmp(&(&b.namespace, &b.name)));
         usage
     }
 
@@ -105,31 +119,87 @@ impl Usage {
         let pods = || self.pods.iter().map(|p| (p, time(p.at.as_ref()).unwrap_or(now)));
         let containers = || pods().flat_map(|(p, at)| p.containers.iter().map(move |c| (p, c, at)));
 
-        page.family("container_cpu_usage_seconds_total", "counter", "Cumulative CPU time of the container");
+        page.family(
+            "container_cpu_usage_seconds_total",
+            "counter",
+            "Cumulative CPU time of the container",
+        );
         for (p, c, at) in containers() {
-            page.sample(&[("container", &c.name), ("namespace", &p.namespace), ("pod", &p.name)], seconds(c.cpu_usage_core_nanos), at);
+            page.sample(
+                &[
+                    ("container", &c.name),
+                    ("namespace", &p.namespace),
+                    ("pod", &p.name),
+                ],
+                seconds(c.cpu_usage_core_nanos),
+                at,
+            );
         }
-        page.family("container_memory_working_set_bytes", "gauge", "Working set of the container");
+        page.family(
+            "container_memory_working_set_bytes",
+            "gauge",
+            "Working set of the container",
+        );
         for (p, c, at) in containers() {
-            page.sample(&[("container", &c.name), ("namespace", &p.namespace), ("pod", &p.name)], c.memory_working_set_bytes as f64, at);
+            page.sample(
+                &[
+                    ("container", &c.name),
+                    ("namespace", &p.namespace),
+                    ("pod", &p.name),
+                ],
+                c.memory_working_set_bytes as f64,
+                at,
+            );
         }
-        page.family("container_start_time_seconds", "gauge", "Start of the container since the epoch");
+        page.family(
+            "container_start_time_seconds",
+            "gauge",
+            "Start of the container since the epoch",
+        );
         for (p, c, at) in containers() {
             if let Some(started) = time(c.started_at.as_ref()) {
-                page.sample(&[("container", &c.name), ("namespace", &p.namespace), ("pod", &p.name)], started.as_millisecond() as f64 / 1e3, at);
+                page.sample(
+                    &[
+                        ("container", &c.name),
+                        ("namespace", &p.namespace),
+                        ("pod", &p.name),
+                    ],
+                    started.as_millisecond() as f64 / 1e3,
+                    at,
+                );
             }
         }
-        page.family("pod_cpu_usage_seconds_total", "counter", "Cumulative CPU time of the pod");
+        page.family(
+            "pod_cpu_usage_seconds_total",
+            "counter",
+            "Cumulative CPU time of the pod",
+        );
         for (p, at) in pods() {
-            page.sample(&[("namespace", &p.namespace), ("pod", &p.name)], seconds(Sum::of(&p.containers).cpu_nanos), at);
+            page.sample(
+                &[("namespace", &p.namespace), ("pod", &p.name)],
+                seconds(Sum::of(&p.containers).cpu_nanos),
+                at,
+            );
         }
         page.family("pod_memory_working_set_bytes", "gauge", "Working set of the pod");
         for (p, at) in pods() {
-            page.sample(&[("namespace", &p.namespace), ("pod", &p.name)], Sum::of(&p.containers).working_set as f64, at);
+            page.sample(
+                &[("namespace", &p.namespace), ("pod", &p.name)],
+                Sum::of(&p.containers).working_set as f64,
+                at,
+            );
         }
-        page.family("node_cpu_usage_seconds_total", "counter", "Cumulative CPU time of the node's pods");
+        page.family(
+            "node_cpu_usage_seconds_total",
+            "counter",
+            "Cumulative CPU time of the node's pods",
+        );
         page.sample(&[], seconds(self.all().cpu_nanos), now);
-        page.family("node_memory_working_set_bytes", "gauge", "Working set of the node's pods");
+        page.family(
+            "node_memory_working_set_bytes",
+            "gauge",
+            "Working set of the node's pods",
+        );
         page.sample(&[], self.all().working_set as f64, now);
         page.family("scrape_error", "gauge", "1 if a host of the pool did not answer");
         page.plain(f64::from(u8::from(self.incomplete)));
@@ -191,8 +261,15 @@ impl Page {
     }
 
     fn sample(&mut self, labels: &[(&str, &str)], value: f64, at: Timestamp) {
-        let labels: Vec<_> = labels.iter().map(|(name, value)| format!("{name}=\"{}\"", escape(value))).collect();
-        let labels = if labels.is_empty() { String::new() } else { format!("{{{}}}", labels.join(",")) };
+        let labels: Vec<_> = labels
+            .iter()
+            .map(|(name, value)| format!("{name}=\"{}\"", escape(value)))
+            .collect();
+        let labels = if labels.is_empty() {
+            String::new()
+        } else {
+            format!("{{{}}}", labels.join(","))
+        };
         let name = self.name;
         self.write(format_args!("{name}{labels} {value} {}\n", at.as_millisecond()));
     }
@@ -204,12 +281,15 @@ impl Page {
 
     fn write(&mut self, text: std::fmt::Arguments<'_>) {
         // A String takes all that is written to it.
-        drop(self.text.write_fmt(text));
+        self.text.write_fmt(text).unwrap_or_default();
     }
 }
 
 fn escape(value: &str) -> String {
-    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+    value
+        .replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('\n', "\\n")
 }
 
 #[cfg(test)]
@@ -217,10 +297,16 @@ mod tests {
     use super::*;
 
     fn usage() -> Usage {
-        let at = Some(prost_types::Timestamp { seconds: 100, nanos: 0 });
+        let at = Some(prost_types::Timestamp {
+            seconds: 100,
+            nanos: 0,
+        });
         let container = |name: &str| wire::ContainerStats {
             name: name.into(),
-            started_at: Some(prost_types::Timestamp { seconds: 90, nanos: 0 }),
+            started_at: Some(prost_types::Timestamp {
+                seconds: 90,
+                nanos: 0,
+            }),
             at,
             cpu_usage_core_nanos: 1_500_000_000,
             memory_working_set_bytes: 1024,
@@ -229,7 +315,10 @@ mod tests {
         };
         Usage {
             pods: vec![wire::SandboxStats {
-                key: Some(wire::SandboxKey { pod_uid: "u".into(), attempt: 1 }),
+                key: Some(wire::SandboxKey {
+                    pod_uid: "u".into(),
+                    attempt: 1,
+                }),
                 namespace: "shop".into(),
                 name: "we\"b".into(),
                 at,
@@ -246,7 +335,10 @@ mod tests {
         assert_eq!(summary["node"]["cpu"]["usageCoreNanoSeconds"], 3_000_000_000u64);
         assert_eq!(summary["pods"][0]["podRef"]["uid"], "u");
         assert_eq!(summary["pods"][0]["memory"]["workingSetBytes"], 2048);
-        assert_eq!(summary["pods"][0]["containers"][1]["startTime"], "1970-01-01T00:01:30Z");
+        assert_eq!(
+            summary["pods"][0]["containers"][1]["startTime"],
+            "1970-01-01T00:01:30Z"
+        );
     }
 
     #[test]

@@ -42,7 +42,10 @@ pub(super) async fn exec(
     let name = Name::of_container(path)?;
     let parameters = Parameters::parse(query.as_deref().unwrap_or_default())?;
     if parameters.command.is_empty() {
-        return Err(Refused::Parameter("command", "must be given at least once".into()));
+        return Err(Refused::Parameter(
+            "command",
+            "must be given at least once".into(),
+        ));
     }
     let target = Target::Exec(ExecTarget {
         container: name.container.clone(),
@@ -84,16 +87,20 @@ pub(super) async fn port_forward(
     for (key, value) in form_urlencoded::parse(query.as_deref().unwrap_or_default().as_bytes()) {
         if matches!(&*key, "port" | "ports") {
             for port in value.split(',') {
-                let port: u16 = port
-                    .parse()
-                    .ok()
-                    .filter(|p| *p != 0)
-                    .ok_or_else(|| Refused::Parameter("port", format!("{port:?} is not a port (1 to 65535)")))?;
+                let port: u16 = port.parse().ok().filter(|p| *p != 0).ok_or_else(|| {
+                    Refused::Parameter("port", format!("{port:?} is not a port (1 to 65535)"))
+                })?;
                 ports.push(port.into());
             }
         }
     }
-    splice(&context, &name, Target::PortForward(PortForwardTarget { ports }), request).await
+    splice(
+        &context,
+        &name,
+        Target::PortForward(PortForwardTarget { ports }),
+        request,
+    )
+    .await
 }
 
 #[derive(Debug)]
@@ -108,10 +115,23 @@ struct Name {
 impl Name {
     fn of_container(path: Vec<String>) -> Result<Self, Refused> {
         match <[String; 3]>::try_from(path) {
-            Ok([namespace, pod, container]) => Ok(Self { namespace, pod, uid: None, container }),
+            Ok([namespace, pod, container]) => Ok(Self {
+                namespace,
+                pod,
+                uid: None,
+                container,
+            }),
             Err(path) => match <[String; 4]>::try_from(path) {
-                Ok([namespace, pod, uid, container]) => Ok(Self { namespace, pod, uid: Some(uid), container }),
-                Err(_) => Err(Refused::Parameter("path", "must be namespace/pod[/uid]/container".into())),
+                Ok([namespace, pod, uid, container]) => Ok(Self {
+                    namespace,
+                    pod,
+                    uid: Some(uid),
+                    container,
+                }),
+                Err(_) => Err(Refused::Parameter(
+                    "path",
+                    "must be namespace/pod[/uid]/container".into(),
+                )),
             },
         }
     }
@@ -119,7 +139,12 @@ impl Name {
     fn of_pod(path: Vec<String>) -> Result<Self, Refused> {
         let mut parts = path.into_iter();
         match (parts.next(), parts.next(), parts.next()) {
-            (Some(namespace), Some(pod), uid) => Ok(Self { namespace, pod, uid, container: String::new() }),
+            (Some(namespace), Some(pod), uid) => Ok(Self {
+                namespace,
+                pod,
+                uid,
+                container: String::new(),
+            }),
             _ => Err(Refused::Parameter("path", "must be namespace/pod[/uid]".into())),
         }
     }
@@ -172,7 +197,10 @@ fn upgrade_headers(headers: &HeaderMap) -> Vec<HttpHeader> {
                 || name.starts_with("sec-websocket-")
         })
         .filter_map(|(name, value)| {
-            Some(HttpHeader { name: name.to_string(), value: value.to_str().ok()?.to_owned() })
+            Some(HttpHeader {
+                name: name.to_string(),
+                value: value.to_str().ok()?.to_owned(),
+            })
         })
         .collect()
 }
@@ -186,7 +214,9 @@ async fn splice(
     if !request.headers().contains_key(CONNECTION) {
         return Err(Refused::NoUpgrade);
     }
-    let (host, key, found) = context.sandbox(&name.namespace, &name.pod, name.uid.as_deref()).await?;
+    let (host, key, found) = context
+        .sandbox(&name.namespace, &name.pod, name.uid.as_deref())
+        .await?;
     if !name.container.is_empty() {
         has_container(&found, &name.container)?;
     }
@@ -198,10 +228,14 @@ async fn splice(
     };
     let (frames, receiver) = mpsc::channel(FRAMES);
     // The channel is new and empty.
-    drop(frames.try_send(SpliceFrame { frame: Some(Frame::Open(open)) }));
+    drop(frames.try_send(SpliceFrame {
+        frame: Some(Frame::Open(open)),
+    }));
     let mut answer = host.splice(ReceiverStream::new(receiver)).await?;
     let opened = match answer.next().await {
-        Some(Ok(SpliceFrame { frame: Some(Frame::Opened(opened)) })) => opened,
+        Some(Ok(SpliceFrame {
+            frame: Some(Frame::Opened(opened)),
+        })) => opened,
         Some(Err(status)) => return Err(host.refused(status).into()),
         Some(Ok(_)) | None => return Err(Refused::NoAnswer),
     };
@@ -212,15 +246,19 @@ async fn splice(
     let mut response = Response::new(Body::empty());
     *response.status_mut() = status;
     for header in opened.headers {
-        if let (Ok(name), Ok(value)) =
-            (HeaderName::try_from(header.name), HeaderValue::try_from(header.value))
-        {
+        if let (Ok(name), Ok(value)) = (
+            HeaderName::try_from(header.name),
+            HeaderValue::try_from(header.value),
+        ) {
             response.headers_mut().append(name, value);
         }
     }
     if status != StatusCode::SWITCHING_PROTOCOLS {
         let mut text = BytesMut::new();
-        while let Some(Ok(SpliceFrame { frame: Some(Frame::Data(data)) })) = answer.next().await {
+        while let Some(Ok(SpliceFrame {
+            frame: Some(Frame::Data(data)),
+        })) = answer.next().await
+        {
             text.extend_from_slice(&data);
         }
         return Ok((status, text.freeze()).into_response());
@@ -239,7 +277,13 @@ async fn splice(
                 match from.read_buf(&mut buffer).await {
                     Ok(1..) => {
                         let data = buffer.split().to_vec();
-                        if frames.send(SpliceFrame { frame: Some(Frame::Data(data)) }).await.is_err() {
+                        if frames
+                            .send(SpliceFrame {
+                                frame: Some(Frame::Data(data)),
+                            })
+                            .await
+                            .is_err()
+                        {
                             return;
                         }
                     }
@@ -248,7 +292,10 @@ async fn splice(
             }
         });
         let mut outward = std::pin::pin!(async {
-            while let Some(Ok(SpliceFrame { frame: Some(Frame::Data(data)) })) = answer.next().await {
+            while let Some(Ok(SpliceFrame {
+                frame: Some(Frame::Data(data)),
+            })) = answer.next().await
+            {
                 if to.write_all(&data).await.is_err() || to.flush().await.is_err() {
                     return;
                 }
@@ -272,8 +319,11 @@ mod tests {
 
     #[test]
     fn parameters_are_a_kubelets_or_the_api_servers() {
-        let kubelet = Parameters::parse("input=1&output=1&error=1&command=sh&command=-c&command=a%20b").unwrap();
-        let server = Parameters::parse("stdin=true&stdout=true&stderr=true&command=sh&command=-c&command=a+b").unwrap();
+        let kubelet =
+            Parameters::parse("input=1&output=1&error=1&command=sh&command=-c&command=a%20b").unwrap();
+        let server =
+            Parameters::parse("stdin=true&stdout=true&stderr=true&command=sh&command=-c&command=a+b")
+                .unwrap();
         assert_eq!(kubelet, server);
         assert_eq!(kubelet.command, ["sh", "-c", "a b"]);
     }
@@ -306,6 +356,14 @@ mod tests {
         }
         let mut names: Vec<_> = upgrade_headers(&headers).into_iter().map(|h| h.name).collect();
         names.sort();
-        assert_eq!(names, ["connection", "sec-websocket-key", "upgrade", "x-stream-protocol-version"]);
+        assert_eq!(
+            names,
+            [
+                "connection",
+                "sec-websocket-key",
+                "upgrade",
+                "x-stream-protocol-version"
+            ]
+        );
     }
 }

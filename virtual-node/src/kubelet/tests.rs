@@ -27,9 +27,13 @@ impl Authority {
     fn certificate(&self, name: &str, group: &str) -> Certificates {
         let mut parameters = CertificateParams::default();
         parameters.distinguished_name.push(DnType::CommonName, name);
-        parameters.distinguished_name.push(DnType::OrganizationName, group);
+        parameters
+            .distinguished_name
+            .push(DnType::OrganizationName, group);
         parameters.extended_key_usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
-        let certificate = parameters.signed_by(&KeyPair::generate().unwrap(), &self.0).unwrap();
+        let certificate = parameters
+            .signed_by(&KeyPair::generate().unwrap(), &self.0)
+            .unwrap();
         Certificates(Some([certificate.der().clone()].into()))
     }
 }
@@ -46,12 +50,17 @@ fn api_server(reviews: Arc<AtomicUsize>) -> Client {
             let spec = review["spec"].clone();
             review["status"] = if token_review {
                 match spec["token"].as_str() {
-                    Some("good") => json!({"authenticated": true, "user": {"username": "reader", "groups": ["g"]}}),
+                    Some("good") => {
+                        json!({"authenticated": true, "user": {"username": "reader", "groups": ["g"]}})
+                    }
                     _ => json!({"authenticated": false}),
                 }
             } else {
                 let attributes = &spec["resourceAttributes"];
-                assert_eq!((&attributes["resource"], &attributes["name"]), (&json!("nodes"), &json!("node")));
+                assert_eq!(
+                    (&attributes["resource"], &attributes["name"]),
+                    (&json!("nodes"), &json!("node"))
+                );
                 let allowed = match spec["user"].as_str() {
                     Some("admin") => true,
                     Some("reader") => attributes["verb"] == "get" && attributes["subresource"] == "proxy",
@@ -78,7 +87,9 @@ impl Door {
         let mut roots = RootCertStore::empty();
         roots.add(authority.0.der().clone()).unwrap();
         let provider = Arc::new(aws_lc_rs::default_provider());
-        let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider).build().unwrap();
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider)
+            .build()
+            .unwrap();
         let reviews = Arc::new(AtomicUsize::new(0));
         let client = api_server(reviews.clone());
         let gate = Gate {
@@ -88,16 +99,38 @@ impl Door {
         let router = Router::new()
             .fallback(async || "served")
             .layer(middleware::from_fn_with_state(gate, admit));
-        Self { router, reviews, authority }
+        Self {
+            router,
+            reviews,
+            authority,
+        }
     }
 
-    async fn knock(&self, method: Method, path: &str, certificates: Certificates, token: Option<&str>) -> u16 {
-        let mut request = Request::builder().method(method).uri(path).body(Body::empty()).unwrap();
+    async fn knock(
+        &self,
+        method: Method,
+        path: &str,
+        certificates: Certificates,
+        token: Option<&str>,
+    ) -> u16 {
+        let mut request = Request::builder()
+            .method(method)
+            .uri(path)
+            .body(Body::empty())
+            .unwrap();
         request.extensions_mut().insert(certificates);
         if let Some(token) = token {
-            request.headers_mut().insert(AUTHORIZATION, format!("Bearer {token}").parse().unwrap());
+            request
+                .headers_mut()
+                .insert(AUTHORIZATION, format!("Bearer {token}").parse().unwrap());
         }
-        self.router.clone().oneshot(request).await.unwrap().status().as_u16()
+        self.router
+            .clone()
+            .oneshot(request)
+            .await
+            .unwrap()
+            .status()
+            .as_u16()
     }
 }
 
@@ -134,7 +167,11 @@ async fn a_right_to_read_is_no_right_to_run_whatever_the_method() {
     let door = Door::new();
     assert_eq!(door.knock(Method::GET, LOGS, NOBODY, Some("good")).await, 200);
     for path in ["/exec/a/b/c", "/attach/a/b/c", "/portForward/a/b"] {
-        assert_eq!(door.knock(Method::GET, path, NOBODY, Some("good")).await, 403, "{path}");
+        assert_eq!(
+            door.knock(Method::GET, path, NOBODY, Some("good")).await,
+            403,
+            "{path}"
+        );
     }
 }
 
@@ -142,7 +179,11 @@ async fn a_right_to_read_is_no_right_to_run_whatever_the_method() {
 async fn proxy_stands_in_for_the_fine_grained_subresources() {
     let door = Door::new();
     assert_eq!(door.knock(Method::GET, "/pods", NOBODY, Some("good")).await, 200);
-    assert_eq!(door.knock(Method::GET, "/stats/summary", NOBODY, Some("good")).await, 403);
+    assert_eq!(
+        door.knock(Method::GET, "/stats/summary", NOBODY, Some("good"))
+            .await,
+        403
+    );
 }
 
 #[tokio::test]

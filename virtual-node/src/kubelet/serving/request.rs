@@ -35,7 +35,11 @@ enum RequestError {
     #[error("the API server did not take the request, or does not show it")]
     Api(#[from] kube::Error),
     #[error("request {name} was {verdict}: {message}")]
-    Refused { name: String, verdict: String, message: String },
+    Refused {
+        name: String,
+        verdict: String,
+        message: String,
+    },
     #[error("request {name} was not approved within {} min", PATIENCE.as_secs() / 60)]
     Unapproved { name: String },
     #[error("what was signed is not a PEM certificate")]
@@ -54,7 +58,11 @@ pub(super) struct Requester {
 
 impl Requester {
     pub(super) fn new(client: Client, node_name: &str, address: IpAddr) -> Self {
-        Self { client, node_name: node_name.to_owned(), address }
+        Self {
+            client,
+            node_name: node_name.to_owned(),
+            address,
+        }
     }
 
     /// Hands each signed certificate to `take`, a new one well before the old ends.
@@ -89,7 +97,10 @@ impl Requester {
         let api: Api<CertificateSigningRequest> = Api::all(self.client.clone());
         let made = api.create(&PostParams::default(), &self.request(&key)?).await?;
         let name = made.metadata.name.unwrap_or_default();
-        info!(request = name, "serving certificate asked for: approve it with kubectl certificate approve");
+        info!(
+            request = name,
+            "serving certificate asked for: approve it with kubectl certificate approve"
+        );
         let polling = async {
             loop {
                 let status = api.get_status(&name).await?.status.unwrap_or_default();
@@ -123,11 +134,16 @@ impl Requester {
         subject.push(DnType::OrganizationName, "system:nodes");
         subject.push(DnType::CommonName, format!("system:node:{}", self.node_name));
         let mut parameters = CertificateParams::new(vec![self.node_name.clone()])?;
-        parameters.subject_alt_names.push(SanType::IpAddress(self.address));
+        parameters
+            .subject_alt_names
+            .push(SanType::IpAddress(self.address));
         parameters.distinguished_name = subject;
         let request = parameters.serialize_request(key)?.pem()?;
         Ok(CertificateSigningRequest {
-            metadata: ObjectMeta { generate_name: Some("csr-".into()), ..ObjectMeta::default() },
+            metadata: ObjectMeta {
+                generate_name: Some("csr-".into()),
+                ..ObjectMeta::default()
+            },
             spec: CertificateSigningRequestSpec {
                 request: ByteString(request.into_bytes()),
                 signer_name: SIGNER.into(),
@@ -140,8 +156,9 @@ impl Requester {
 }
 
 fn pair(pem: &[u8], key: &KeyPair) -> Result<(CertifiedKey, Timestamp), RequestError> {
-    let chain: Vec<_> =
-        CertificateDer::pem_slice_iter(pem).collect::<Result<_, _>>().map_err(RequestError::Pem)?;
+    let chain: Vec<_> = CertificateDer::pem_slice_iter(pem)
+        .collect::<Result<_, _>>()
+        .map_err(RequestError::Pem)?;
     let leaf = chain.first().ok_or(RequestError::Unreadable)?;
     let (_, parsed) = X509Certificate::from_der(leaf).map_err(|_| RequestError::Unreadable)?;
     let ends = Timestamp::from_second(parsed.validity().not_after.timestamp())
@@ -156,7 +173,8 @@ fn pair(pem: &[u8], key: &KeyPair) -> Result<(CertifiedKey, Timestamp), RequestE
 /// nodes do not ask at once; never at once, never for over a month.
 fn renewal(now: Timestamp, ends: Timestamp, share: f64) -> Duration {
     let left = Duration::try_from(ends.duration_since(now)).unwrap_or_default();
-    left.mul_f64(share).clamp(Duration::from_secs(60), Duration::from_secs(30 * 24 * 3600))
+    left.mul_f64(share)
+        .clamp(Duration::from_secs(60), Duration::from_secs(30 * 24 * 3600))
 }
 
 #[cfg(test)]
@@ -169,6 +187,9 @@ mod tests {
         let in_seconds = |s: i64| Timestamp::from_second(1_000_000 + s).unwrap();
         assert_eq!(renewal(now, in_seconds(10_000), 0.8), Duration::from_secs(8_000));
         assert_eq!(renewal(now, in_seconds(-5), 0.8), Duration::from_secs(60));
-        assert_eq!(renewal(now, in_seconds(10 * 365 * 24 * 3600), 0.8), Duration::from_secs(30 * 24 * 3600));
+        assert_eq!(
+            renewal(now, in_seconds(10 * 365 * 24 * 3600), 0.8),
+            Duration::from_secs(30 * 24 * 3600)
+        );
     }
 }
