@@ -6,6 +6,7 @@ pub mod config;
 mod event;
 mod kubelet;
 pub mod mesh;
+mod metrics;
 mod node;
 pub mod placement;
 mod pod;

@@ -19,7 +19,7 @@ use crate::{
     config::Config,
     event::Recorder,
     kubelet::Kubelet,
-    mesh,
+    mesh, metrics,
     node::{self, Registration},
     placement::Placer,
     pod::{self, Directory, Supervisor, driver::Tools, translate::NodeFacts},
@@ -93,11 +93,14 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     };
     let kubelet = tokio::spawn(kubelet.serve(shutdown.clone()));
 
+    let metrics = metrics::serve(config.metrics_listen, registry, shutdown.clone()).await?;
+
     info!(node = config.node_name, tenant = %config.tenant, "virtual node started");
     shutdown.cancelled().await;
     info!("stopping; pods go on running");
     supervisor.await.context("the pods' supervisor broke")?;
     registration.await.context("the node's registration broke")?;
+    metrics.await.context("the metrics server broke")?;
     kubelet
         .await
         .context("the kubelet API broke")?

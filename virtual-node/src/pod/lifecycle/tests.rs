@@ -1,1 +1,526 @@
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+
 use super::*;
+
+fn host(i: usize) -> HostName {
+    format!("host-{i}").parse().unwrap()
+}
+
+fn place(i: usize, attempt: u32) -> Place {
+    Place {
+        host: host(i),
+        attempt: Attempt::parse("attempt", attempt).unwrap(),
+    }
+}
+
+/// Steps through `events` and returns what came of the last.
+fn after(intent: Intent, events: &[Event]) -> (Lifecycle, Vec<Effect>) {
+    let mut effects = vec![];
+    let mut core = Lifecycle::new(intent);
+    for event in events {
+        (core, effects) = core.step(event.clone());
+    }
+    (core, effects)
+}
+
+const GRACE: Duration = Duration::from_secs(30);
+
+#[test]
+fn a_new_pod_is_prepared_placed_and_started() {
+    let (core, effects) = after(Intent::Run, &[Event::Settled]);
+    assert_eq!(effects, [Effect::Prepare]);
+    let (core, effects) = core.step(Event::Prepared);
+    assert_eq!((core.room(), effects.len()), (Room::Wanted, 0));
+    let (core, effects) = core.step(Event::Claimed(host(0)));
+    let start = Effect::Start {
+        place: place(0, 1),
+        again: false,
+    };
+    assert_eq!(effects, [start]);
+    assert_eq!(core.room(), Room::Held(&place(0, 1)));
+    let (core, effects) = core.step(Event::Accepted);
+    assert_eq!((core.stage(), effects.len()), (&Stage::Placed { place: place(0, 1) }, 0));
+}
+
+#[test]
+fn a_pod_that_was_there_before_waits_until_every_host_has_reported() {
+    let (core, effects) = after(Intent::Run, &[]);
+    assert_eq!((core.room(), effects.len()), (Room::Nothing, 0));
+    let seen = Event::Seen {
+        place: place(1, 4),
+        state: SandboxState::Running,
+    };
+    let (core, effects) = core.step(seen);
+    assert_eq!((core.stage(), effects.len()), (&Stage::Placed { place: place(1, 4) }, 0));
+    let (core, effects) = core.step(Event::Settled);
+    assert_eq!((core.stage(), effects.len()), (&Stage::Placed { place: place(1, 4) }, 0));
+}
+
+#[test]
+fn a_stopped_attempt_is_not_followed_by_another_before_every_host_has_reported() {
+    let seen = Event::Seen {
+        place: place(0, 1),
+        state: SandboxState::Stopped,
+    };
+    let (core, effects) = after(Intent::Run, &[seen]);
+    assert_eq!(effects, [Effect::Forget(place(0, 1))]);
+    let (core, effects) = core.step(Event::Forgotten(place(0, 1)));
+    assert_eq!(effects, []);
+    // The host that was silent runs the second attempt.
+    let seen = Event::Seen {
+        place: place(1, 2),
+        state: SandboxState::Running,
+    };
+    let (core, _) = core.step(seen);
+    let (core, effects) = core.step(Event::Settled);
+    assert_eq!((core.stage(), effects.len()), (&Stage::Placed { place: place(1, 2) }, 0));
+}
+
+#[test]
+fn an_unanswered_start_is_asked_of_the_same_host_again() {
+    let start = [Event::Settled, Event::Prepared, Event::Claimed(host(0)), Event::Unanswered];
+    let (core, effects) = after(Intent::Run, &start);
+    let again = Effect::Start {
+        place: place(0, 1),
+        again: true,
+    };
+    assert_eq!(effects, [again]);
+    // Refused now, but the first ask may still arrive: fence it.
+    let (core, effects) = core.step(Event::Refused(RefusalReason::NoRoom));
+    assert_eq!(effects, [Effect::Forget(place(0, 1))]);
+    let (core, effects) = core.step(Event::Forgotten(place(0, 1)));
+    assert_eq!(effects, [Effect::Prepare]);
+    assert_eq!(*core.stage(), Stage::Preparing {
+        next: place(0, 2).attempt
+    });
+}
+
+#[test]
+fn a_refused_start_is_tried_elsewhere_under_the_next_attempt() {
+    let start = [Event::Settled, Event::Prepared, Event::Claimed(host(0))];
+    let (core, _) = after(Intent::Run, &start);
+    let (core, effects) = core.step(Event::Refused(RefusalReason::NoRoom));
+    assert_eq!((core.room(), effects.len()), (Room::Wanted, 0));
+    let (core, _) = core.step(Event::Claimed(host(1)));
+    assert_eq!(core.place(), Some(&place(1, 2)));
+}
+
+#[test]
+fn a_deletion_stops_removes_and_forgets_in_that_order() {
+    let start = [Event::Settled, Event::Prepared, Event::Claimed(host(0)), Event::Accepted];
+    let (core, _) = after(Intent::Run, &start);
+    let (core, effects) = core.step(Event::Intended(Intent::Delete { grace: GRACE }));
+    let stop = |grace| Effect::Stop {
+        place: place(0, 1),
+        grace,
+    };
+    assert_eq!(effects, [stop(GRACE)]);
+    // A shorter grace hastens, a longer one does not delay.
+    let (core, effects) = core.step(Event::Intended(Intent::Delete { grace: GRACE * 2 }));
+    assert_eq!(effects, []);
+    let shorter = Duration::from_secs(1);
+    let (core, effects) = core.step(Event::Intended(Intent::Delete { grace: shorter }));
+    assert_eq!(effects, [stop(shorter)]);
+    let stopped = Event::Seen {
+        place: place(0, 1),
+        state: SandboxState::Stopped,
+    };
+    let (core, effects) = core.step(stopped);
+    assert_eq!(effects, [Effect::Remove]);
+    let (core, effects) = core.step(Event::Removed);
+    assert_eq!(effects, [Effect::Forget(place(0, 1))]);
+    let (core, effects) = core.step(Event::Forgotten(place(0, 1)));
+    assert_eq!((core.stage(), effects.len()), (&Stage::Over, 0));
+}
+
+#[test]
+fn a_pod_deleted_before_it_started_is_only_removed() {
+    for events in [
+        vec![Event::Settled],
+        vec![Event::Settled, Event::Prepared],
+        vec![Event::Settled, Event::Prepared, Event::Claimed(host(0)), Event::Refused(RefusalReason::NoRoom)],
+    ] {
+        let (core, _) = after(Intent::Run, &events);
+        let (core, effects) = core.step(Event::Intended(Intent::Delete { grace: GRACE }));
+        assert_eq!(effects, [Effect::Remove], "{events:?}");
+        assert_eq!(core.room(), Room::Nothing);
+        let (core, _) = core.step(Event::Removed);
+        assert_eq!(*core.stage(), Stage::Over);
+    }
+}
+
+#[test]
+fn a_finished_pod_keeps_its_remains_until_it_is_deleted() {
+    let start = [Event::Settled, Event::Prepared, Event::Claimed(host(0)), Event::Accepted];
+    let (core, _) = after(Intent::Run, &start);
+    let (core, effects) = core.step(Event::Intended(Intent::Finish));
+    assert!(matches!(effects[..], [Effect::Stop { .. }]));
+    let stopped = Event::Seen {
+        place: place(0, 1),
+        state: SandboxState::Stopped,
+    };
+    let (core, effects) = core.step(stopped);
+    assert_eq!((effects.len(), core.room()), (0, Room::Nothing));
+    // It does not run again, whatever comes.
+    let (core, effects) = core.step(Event::Intended(Intent::Run));
+    assert_eq!(effects, []);
+    let (_, effects) = core.step(Event::Intended(Intent::Delete { grace: GRACE }));
+    assert_eq!(effects, [Effect::Remove]);
+}
+
+#[test]
+fn a_pod_that_was_final_before_the_start_is_left_alone() {
+    let (core, effects) = after(Intent::Run, &[Event::Intended(Intent::Finish), Event::Settled]);
+    assert_eq!((core.room(), effects.len()), (Room::Nothing, 0));
+}
+
+#[test]
+fn an_object_that_vanished_leaves_nothing_behind() {
+    let start = [Event::Settled, Event::Prepared, Event::Claimed(host(0)), Event::Accepted];
+    let (core, _) = after(Intent::Run, &start);
+    let (core, effects) = core.step(Event::Intended(Intent::Reap));
+    assert!(matches!(effects[..], [Effect::Stop { grace: Duration::ZERO, .. }]));
+    let (core, effects) = core.step(Event::StopUnknown(place(0, 1)));
+    assert_eq!(effects, [Effect::Forget(place(0, 1))]);
+    let (core, _) = core.step(Event::Forgotten(place(0, 1)));
+    assert_eq!(*core.stage(), Stage::Over);
+}
+
+#[test]
+fn of_two_attempts_the_newer_stays() {
+    let seen = |i, attempt| Event::Seen {
+        place: place(i, attempt),
+        state: SandboxState::Running,
+    };
+    let (core, effects) = after(Intent::Run, &[seen(0, 1), seen(1, 2)]);
+    assert_eq!(effects, [Effect::Evict(place(0, 1))]);
+    assert_eq!(core.place(), Some(&place(1, 2)));
+    let (core, effects) = core.step(seen(0, 1));
+    assert_eq!(effects, [Effect::Evict(place(0, 1))]);
+    assert_eq!(core.place(), Some(&place(1, 2)));
+}
+
+// ---- the property, in a world of hosts, crashes and lost messages
+
+const HOSTS: usize = 3;
+
+/// One host's agent, as the contract has it.
+#[derive(Debug, Clone, Default)]
+struct Agent {
+    /// Attempt and state.
+    sandbox: Option<(u32, SandboxState)>,
+    /// Attempts up to here are refused.
+    fenced: u32,
+    full: bool,
+}
+
+impl Agent {
+    fn start(&mut self, attempt: u32) -> Result<(), RefusalReason> {
+        if let Some((current, state)) = self.sandbox {
+            return match current.cmp(&attempt) {
+                std::cmp::Ordering::Equal if state == SandboxState::Stopped => Err(RefusalReason::EndedAttempt),
+                std::cmp::Ordering::Equal => Ok(()),
+                _ => Err(RefusalReason::OlderAttempt),
+            };
+        }
+        if attempt <= self.fenced {
+            return Err(RefusalReason::EndedAttempt);
+        }
+        if self.full {
+            return Err(RefusalReason::NoRoom);
+        }
+        self.sandbox = Some((attempt, SandboxState::Running));
+        Ok(())
+    }
+
+    fn forget(&mut self, attempt: u32) {
+        self.fenced = self.fenced.max(attempt);
+        if self.sandbox.is_some_and(|(a, _)| a <= attempt) {
+            self.sandbox = None;
+        }
+    }
+
+    fn runs(&self) -> bool {
+        self.sandbox.is_some_and(|(_, state)| state != SandboxState::Stopped)
+    }
+}
+
+/// What the adversary does.
+#[derive(Debug, Clone)]
+enum Move {
+    /// The oldest effect is carried out and answered.
+    Do,
+    /// It is carried out, and the answer is lost.
+    DoUnanswered,
+    /// It does not arrive at all, and the sender knows only that.
+    Lose,
+    /// It does not arrive now, the sender gives up, and it arrives later.
+    Delay,
+    /// A delayed start arrives.
+    Arrive,
+    /// The placer finds room.
+    Room(usize),
+    Report(usize),
+    /// The process is killed and begins again; nothing in flight survives but
+    /// what was delayed on its way to a host.
+    Crash,
+    /// Host `usize` restarts: its sandbox is stopped.
+    Reboot(usize),
+    Fill(usize),
+    Delete,
+    Vanish,
+    Finish,
+}
+
+fn moves() -> impl Strategy<Value = Vec<Move>> {
+    let host = 0..HOSTS;
+    let step = prop_oneof![
+        10 => Just(Move::Do),
+        2 => Just(Move::DoUnanswered),
+        2 => Just(Move::Lose),
+        2 => Just(Move::Delay),
+        2 => Just(Move::Arrive),
+        6 => host.clone().prop_map(Move::Room),
+        8 => host.clone().prop_map(Move::Report),
+        1 => Just(Move::Crash),
+        1 => host.clone().prop_map(Move::Reboot),
+        1 => host.prop_map(Move::Fill),
+        1 => Just(Move::Delete),
+        1 => Just(Move::Vanish),
+        1 => Just(Move::Finish),
+    ];
+    prop::collection::vec(step, 0..80)
+}
+
+#[derive(Debug)]
+struct World {
+    agents: [Agent; HOSTS],
+    core: Lifecycle,
+    queue: Vec<Effect>,
+    /// Starts that will arrive at their host some time.
+    delayed: Vec<Place>,
+    heard: BTreeSet<usize>,
+    /// What was reported to this process, by host.
+    reported: BTreeMap<usize, u32>,
+    /// What the API server wants.
+    intent: Intent,
+    object_exists: bool,
+}
+
+fn index(host: &HostName) -> usize {
+    host.as_str().strip_prefix("host-").unwrap().parse().unwrap()
+}
+
+impl World {
+    fn new() -> Self {
+        let mut world = Self {
+            agents: Default::default(),
+            core: Lifecycle::new(Intent::Run),
+            queue: vec![],
+            delayed: vec![],
+            heard: BTreeSet::new(),
+            reported: BTreeMap::new(),
+            intent: Intent::Run,
+            object_exists: true,
+        };
+        // The first process has seen the pod being made.
+        world.step(Event::Settled);
+        world
+    }
+
+    fn step(&mut self, event: Event) {
+        let before = self.core.stage().clone();
+        let (core, effects) = self.core.clone().step(event);
+        self.core = core;
+        if before != *self.core.stage() {
+            // As the driver does: work of a stage that has passed is dropped.
+            self.queue.retain(|e| matches!(e, Effect::Evict(_)));
+        }
+        self.queue.extend(effects);
+        self.check();
+    }
+
+    fn check(&self) {
+        let running = self.agents.iter().filter(|a| a.runs()).count();
+        assert!(running <= 1, "two attempts run: {self:#?}");
+        if !self.object_exists && *self.core.stage() == Stage::Over && self.delayed.is_empty() {
+            let known = self.heard.len() == HOSTS;
+            assert!(!known || running == 0 || !self.queue.is_empty(), "left behind: {self:#?}");
+        }
+    }
+
+    fn deliver(&mut self, effect: &Effect) -> Vec<Event> {
+        match effect {
+            Effect::Prepare => vec![Event::Prepared],
+            Effect::Start { place, .. } => {
+                match self.agents[index(&place.host)].start(place.attempt.get()) {
+                    Ok(()) => vec![Event::Accepted],
+                    Err(reason) => vec![Event::Refused(reason)],
+                }
+            }
+            Effect::Stop { place, .. } => {
+                let agent = &mut self.agents[index(&place.host)];
+                match &mut agent.sandbox {
+                    Some((attempt, state)) if *attempt == place.attempt.get() => {
+                        *state = SandboxState::Stopped;
+                        vec![Event::Seen {
+                            place: place.clone(),
+                            state: SandboxState::Stopped,
+                        }]
+                    }
+                    _ => vec![Event::StopUnknown(place.clone())],
+                }
+            }
+            Effect::Forget(place) => {
+                self.agents[index(&place.host)].forget(place.attempt.get());
+                vec![Event::Forgotten(place.clone())]
+            }
+            Effect::Evict(place) => {
+                self.agents[index(&place.host)].forget(place.attempt.get());
+                vec![]
+            }
+            Effect::Remove => {
+                assert!(self.agents.iter().all(|a| !a.runs()), "removed while it runs: {self:#?}");
+                self.object_exists = false;
+                vec![Event::Removed]
+            }
+        }
+    }
+
+    fn report(&mut self, i: usize) {
+        match self.agents[i].sandbox {
+            Some((attempt, state)) => {
+                self.reported.insert(i, attempt);
+                let place = place(i, attempt);
+                self.step(Event::Seen { place, state });
+            }
+            None => {
+                if let Some(attempt) = self.reported.remove(&i) {
+                    self.step(Event::Missing(place(i, attempt)));
+                }
+            }
+        }
+        self.heard.insert(i);
+        if self.heard.len() == HOSTS {
+            self.step(Event::Settled);
+        }
+    }
+
+    fn play(&mut self, step: Move) {
+        match step {
+            Move::Do if !self.queue.is_empty() => {
+                let effect = self.queue.remove(0);
+                for event in self.deliver(&effect) {
+                    self.step(event);
+                }
+            }
+            Move::DoUnanswered | Move::Lose | Move::Delay => {
+                // Only starts are not simply repeated by the driver.
+                if let Some(Effect::Start { place, .. }) = self.queue.first().cloned() {
+                    let effect = self.queue.remove(0);
+                    match step {
+                        Move::DoUnanswered => drop(self.deliver(&effect)),
+                        Move::Delay => self.delayed.push(place),
+                        _ => {}
+                    }
+                    self.step(Event::Unanswered);
+                }
+            }
+            Move::Arrive if !self.delayed.is_empty() => {
+                let place = self.delayed.remove(0);
+                let _late = self.agents[index(&place.host)].start(place.attempt.get()).is_ok();
+                self.check();
+            }
+            Move::Room(i) => {
+                if self.core.room() == Room::Wanted {
+                    self.step(Event::Claimed(host(i)));
+                }
+            }
+            Move::Report(i) => self.report(i),
+            Move::Crash => {
+                // What a dead process had sent reaches its host before the next
+                // one has asked that host what it runs.
+                for place in std::mem::take(&mut self.delayed) {
+                    let _late = self.agents[index(&place.host)].start(place.attempt.get()).is_ok();
+                }
+                self.queue.clear();
+                self.heard.clear();
+                self.reported.clear();
+                self.core = Lifecycle::new(Intent::Run);
+                let intent = if self.object_exists { self.intent } else { Intent::Reap };
+                self.step(Event::Intended(intent));
+            }
+            Move::Reboot(i) => {
+                if let Some((_, state)) = &mut self.agents[i].sandbox {
+                    *state = SandboxState::Stopped;
+                }
+            }
+            Move::Fill(i) => self.agents[i].full = !self.agents[i].full,
+            Move::Delete => {
+                if self.object_exists {
+                    self.intent = Intent::Delete { grace: GRACE };
+                    self.step(Event::Intended(self.intent));
+                }
+            }
+            Move::Vanish => {
+                // Deleted by force, whatever runs.
+                self.object_exists = false;
+                self.step(Event::Intended(Intent::Reap));
+            }
+            Move::Finish => {
+                if self.intent == Intent::Run {
+                    self.intent = Intent::Finish;
+                    self.step(Event::Intended(Intent::Finish));
+                }
+            }
+            Move::Do | Move::Arrive => {}
+        }
+    }
+
+    /// Everything works from now on.
+    fn calm(&mut self) {
+        for agent in &mut self.agents {
+            agent.full = false;
+        }
+        for round in 0..60 {
+            while !self.delayed.is_empty() {
+                self.play(Move::Arrive);
+            }
+            for _ in 0..4 {
+                self.play(Move::Do);
+            }
+            self.play(Move::Room(round % HOSTS));
+            for i in 0..HOSTS {
+                self.report(i);
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    #[test]
+    fn no_history_runs_two_attempts_and_calm_brings_what_is_wanted(history in moves()) {
+        let mut world = World::new();
+        for step in history {
+            world.play(step);
+        }
+        world.calm();
+        let running = world.agents.iter().filter(|a| a.runs()).count();
+        match (world.object_exists, world.intent) {
+            (true, Intent::Run) => {
+                prop_assert_eq!(running, 1, "a pod that should run does not: {:#?}", world);
+                prop_assert!(matches!(world.core.stage(), Stage::Placed { .. }), "{:#?}", world);
+            }
+            (true, Intent::Finish) => prop_assert_eq!(running, 0, "{:#?}", world),
+            (true, _) => prop_assert!(false, "a deleted pod was not removed: {world:#?}"),
+            (false, _) => {
+                prop_assert_eq!(running, 0, "a pod that is gone runs: {:#?}", world);
+                prop_assert!(world.agents.iter().all(|a| a.sandbox.is_none()), "remains: {world:#?}");
+            }
+        }
+    }
+}
