@@ -1,0 +1,442 @@
+//! Which sandboxes this host takes. Pure: [`crate::host`] calls it, makes the
+//! answer durable in the ledger, and only then tells the virtual node.
+//!
+//! What always holds:
+//! - a (pod UID, attempt) is taken once; the same request again has the same answer;
+//! - an attempt older than one that is or was here is refused, and so is one that
+//!   has ended: the attempt number is the fencing token;
+//! - a newer attempt supersedes an older one that still lives here. The older one
+//!   is killed at once and the newer starts only when it is gone, so of one pod at
+//!   most one attempt has processes on this host. While both are known the larger
+//!   of their claims counts, not the sum;
+//! - the claims that count never exceed the capacity;
+//! - no two sandboxes of a tenant have one address, and an address that was just
+//!   given back is the last to be given again.
+
+mod addresses;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::Ipv4Addr,
+    sync::Arc,
+};
+
+use ipnet::{IpNet, Ipv4Net};
+use pool_agent_api::{
+    Attempt, PodUid, Refusal, RefusalReason, Resources, SandboxKey, SandboxSpec, TenantId,
+    spec::{Files, SandboxParts, VolumeSource},
+};
+
+pub use addresses::{Addresses, router_address};
+
+/// Ended attempts that are remembered. A pod's UID is never used again, so what
+/// this protects against is a message that was long under way.
+const FENCES: usize = 100_000;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Answer {
+    Admitted {
+        address: Ipv4Addr,
+        /// An older attempt that has to be gone first.
+        supersedes: Option<SandboxKey>,
+    },
+    /// It is here already, with this spec.
+    Repeated,
+}
+
+/// Why a tenant's settings were not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum TenantRefusal {
+    #[error("pod_range {0} has no room for pods: an IPv4 range of at least 4 addresses is needed")]
+    Unusable(IpNet),
+    #[error("pod_range cannot change from {from} to {to} while {pods} sandboxes of the tenant are here")]
+    InUse { from: Ipv4Net, to: Ipv4Net, pods: usize },
+    #[error("pod_range {0} overlaps {1} of tenant {2}")]
+    Overlaps(Ipv4Net, Ipv4Net, TenantId),
+}
+
+/// A sandbox that is here, as admission counts it.
+#[derive(Debug, Clone)]
+struct Admitted {
+    tenant: TenantId,
+    /// None if the spec was lost with the host's memory.
+    spec: Option<Arc<SandboxSpec>>,
+    claim: Resources,
+    /// None once it has stopped and given it back.
+    address: Option<Ipv4Addr>,
+}
+
+#[derive(Debug)]
+pub struct Admission {
+    capacity: Resources,
+    draining: bool,
+    tenants: BTreeMap<TenantId, Addresses>,
+    /// By pod; attempts in order. More than one while one supersedes another.
+    here: HashMap<PodUid, BTreeMap<Attempt, Admitted>>,
+    fences: Fences,
+}
+
+/// The newest ended attempt of each pod, oldest entries forgotten first.
+#[derive(Debug, Default)]
+struct Fences {
+    by_pod: HashMap<PodUid, (Attempt, u64)>,
+    by_age: BTreeMap<u64, PodUid>,
+    next: u64,
+}
+
+impl Fences {
+    fn raise(&mut self, key: &SandboxKey) {
+        let attempt = match self.by_pod.get(&key.pod) {
+            Some((attempt, age)) => {
+                self.by_age.remove(age);
+                (*attempt).max(key.attempt)
+            }
+            None => key.attempt,
+        };
+        self.by_pod.insert(key.pod.clone(), (attempt, self.next));
+        self.by_age.insert(self.next, key.pod.clone());
+        self.next += 1;
+        if self.by_pod.len() > FENCES
+            && let Some((_, pod)) = self.by_age.pop_first()
+        {
+            self.by_pod.remove(&pod);
+        }
+    }
+
+    fn of(&self, pod: &PodUid) -> Option<Attempt> {
+        self.by_pod.get(pod).map(|(attempt, _)| *attempt)
+    }
+}
+
+impl Admission {
+    pub fn new(capacity: Resources) -> Self {
+        Self {
+            capacity,
+            draining: false,
+            tenants: BTreeMap::new(),
+            here: HashMap::new(),
+            fences: Fences::default(),
+        }
+    }
+
+    pub fn capacity(&self) -> Resources {
+        self.capacity
+    }
+
+    /// What the next sandbox may claim.
+    pub fn free(&self) -> Resources {
+        self.free_beside(None)
+    }
+
+    /// What is free if the claims of one pod are left out.
+    fn free_beside(&self, pod: Option<&PodUid>) -> Resources {
+        let used = self
+            .here
+            .iter()
+            .filter(|(uid, _)| Some(*uid) != pod)
+            .map(|(_, attempts)| claim_of(attempts))
+            .fold(Resources::default(), Resources::saturating_add);
+        Resources {
+            cpu_millis: self.capacity.cpu_millis.saturating_sub(used.cpu_millis),
+            memory_bytes: self.capacity.memory_bytes.saturating_sub(used.memory_bytes),
+            ephemeral_storage_bytes: self
+                .capacity
+                .ephemeral_storage_bytes
+                .saturating_sub(used.ephemeral_storage_bytes),
+            sandboxes: self.capacity.sandboxes.saturating_sub(used.sandboxes),
+        }
+    }
+
+    /// From now on no new sandbox is taken; those that are here stay.
+    pub fn drain(&mut self) {
+        self.draining = true;
+    }
+
+    /// Takes a tenant's range, or replaces it while the tenant has no pods here.
+    pub fn set_tenant(&mut self, tenant: &TenantId, range: IpNet) -> Result<(), TenantRefusal> {
+        let addresses = Addresses::of(range).ok_or(TenantRefusal::Unusable(range))?;
+        let range = addresses.range();
+        if let Some(known) = self.tenants.get(tenant)
+            && known.range() == range
+        {
+            return Ok(());
+        }
+        for (other, known) in &self.tenants {
+            let theirs = known.range();
+            if other != tenant && (theirs.contains(&range) || range.contains(&theirs)) {
+                return Err(TenantRefusal::Overlaps(range, theirs, other.clone()));
+            }
+        }
+        if let Some(known) = self.tenants.get(tenant) {
+            let pods = self.keys(tenant).count();
+            if pods > 0 {
+                return Err(TenantRefusal::InUse {
+                    from: known.range(),
+                    to: range,
+                    pods,
+                });
+            }
+        }
+        self.tenants.insert(tenant.clone(), addresses);
+        Ok(())
+    }
+
+    pub fn admit(&mut self, spec: &Arc<SandboxSpec>) -> Result<Answer, Refusal> {
+        let key = &spec.key;
+        let refuse = |reason, message: String, free| Refusal { reason, message, free };
+        let attempts = self.here.get(&key.pod);
+        if let Some(here) = attempts.and_then(|a| a.get(&key.attempt)) {
+            return match &here.spec {
+                Some(known) if same(known, spec) => Ok(Answer::Repeated),
+                _ => Err(refuse(
+                    RefusalReason::SpecConflict,
+                    format!("sandbox {key} is here with another spec"),
+                    self.free(),
+                )),
+            };
+        }
+        if let Some(ended) = self.fences.of(&key.pod)
+            && key.attempt <= ended
+        {
+            return Err(if key.attempt == ended {
+                refuse(
+                    RefusalReason::EndedAttempt,
+                    format!("sandbox {key} was here and has ended"),
+                    self.free(),
+                )
+            } else {
+                refuse(
+                    RefusalReason::OlderAttempt,
+                    format!("sandbox {key} is older than attempt {ended}, which has ended here"),
+                    self.free(),
+                )
+            });
+        }
+        let newest = attempts.and_then(|a| a.keys().next_back()).copied();
+        if let Some(newest) = newest
+            && newest > key.attempt
+        {
+            return Err(refuse(
+                RefusalReason::OlderAttempt,
+                format!("sandbox {key} is older than attempt {newest}, which is here"),
+                self.free(),
+            ));
+        }
+        if self.draining {
+            return Err(refuse(
+                RefusalReason::Draining,
+                "the host takes no new sandboxes".into(),
+                self.free(),
+            ));
+        }
+        if !self.tenants.contains_key(&spec.tenant) {
+            return Err(refuse(
+                RefusalReason::UnknownTenant,
+                format!("tenant {} has not been configured on this host", spec.tenant),
+                self.free(),
+            ));
+        }
+        if let Some(attempts) = attempts
+            && attempts.values().any(|a| a.tenant != spec.tenant)
+        {
+            // UIDs are unique within a cluster; two clusters that share one are not
+            // told apart by CNI, so the second waits.
+            return Err(refuse(
+                RefusalReason::NoRoom,
+                format!("a pod of another tenant with UID {} is here", key.pod),
+                self.free(),
+            ));
+        }
+        let beside = self.free_beside(Some(&key.pod));
+        let older = attempts.map(claim_of).unwrap_or_default();
+        if beside.checked_sub(larger(older, spec.claim)).is_none() {
+            return Err(refuse(
+                RefusalReason::NoRoom,
+                short_of(spec.claim, beside),
+                self.free(),
+            ));
+        }
+        let address = self.tenants.get_mut(&spec.tenant).and_then(Addresses::take);
+        let Some(address) = address else {
+            return Err(refuse(
+                RefusalReason::NoRoom,
+                format!("no free address in the range of tenant {}", spec.tenant),
+                self.free(),
+            ));
+        };
+        let supersedes = newest.map(|attempt| SandboxKey {
+            pod: key.pod.clone(),
+            attempt,
+        });
+        self.here.entry(key.pod.clone()).or_default().insert(
+            key.attempt,
+            Admitted {
+                tenant: spec.tenant.clone(),
+                spec: Some(spec.clone()),
+                claim: spec.claim,
+                address: Some(address),
+            },
+        );
+        Ok(Answer::Admitted { address, supersedes })
+    }
+
+    /// Puts back what the ledger holds, without asking whether there is room: it is here.
+    pub fn restore(
+        &mut self,
+        key: &SandboxKey,
+        tenant: &TenantId,
+        spec: Option<Arc<SandboxSpec>>,
+        claim: Resources,
+        address: Ipv4Addr,
+    ) {
+        if let Some(addresses) = self.tenants.get_mut(tenant) {
+            addresses.hold(address);
+        }
+        // That a stopped sandbox gave its address back is not in the ledger; that a later
+        // one was given it is. Call in the order of admission.
+        let attempts = self.here.values_mut().flat_map(BTreeMap::values_mut);
+        for other in attempts.filter(|o| o.tenant == *tenant && o.address == Some(address)) {
+            other.address = None;
+        }
+        self.here.entry(key.pod.clone()).or_default().insert(
+            key.attempt,
+            Admitted {
+                tenant: tenant.clone(),
+                spec,
+                claim,
+                address: Some(address),
+            },
+        );
+    }
+
+    /// A sandbox has stopped: its claim and its address are free, its record stays.
+    pub fn release(&mut self, key: &SandboxKey) {
+        let here = self.here.get_mut(&key.pod).and_then(|a| a.get_mut(&key.attempt));
+        if let Some(here) = here {
+            here.claim = Resources::default();
+            if let Some(address) = here.address.take()
+                && let Some(addresses) = self.tenants.get_mut(&here.tenant)
+            {
+                addresses.give_back(address);
+            }
+        }
+    }
+
+    /// A sandbox is gone. Its attempt, and all before it, may not come again.
+    pub fn end(&mut self, key: &SandboxKey) {
+        self.release(key);
+        if let Some(attempts) = self.here.get_mut(&key.pod) {
+            attempts.remove(&key.attempt);
+            if attempts.is_empty() {
+                self.here.remove(&key.pod);
+            }
+        }
+        self.fences.raise(key);
+    }
+
+    /// Takes back an admission that could not be made durable.
+    pub fn undo(&mut self, key: &SandboxKey) {
+        self.release(key);
+        if let Some(attempts) = self.here.get_mut(&key.pod) {
+            attempts.remove(&key.attempt);
+            if attempts.is_empty() {
+                self.here.remove(&key.pod);
+            }
+        }
+    }
+
+    /// Remembers that an attempt may not come again. False: that was known.
+    pub fn fence(&mut self, key: &SandboxKey) -> bool {
+        let new = self.fences.of(&key.pod).is_none_or(|ended| ended < key.attempt);
+        if new {
+            self.fences.raise(key);
+        }
+        new
+    }
+
+    /// Where a tenant's next address is looked for; kept over restarts.
+    pub fn resume_addresses_after(&mut self, tenant: &TenantId, last: Ipv4Addr) {
+        if let Some(addresses) = self.tenants.get_mut(tenant) {
+            addresses.resume_after(last);
+        }
+    }
+
+    fn keys(&self, tenant: &TenantId) -> impl Iterator<Item = SandboxKey> {
+        self.here.iter().flat_map(move |(pod, attempts)| {
+            attempts
+                .iter()
+                .filter(move |(_, a)| a.tenant == *tenant)
+                .map(move |(attempt, _)| SandboxKey {
+                    pod: pod.clone(),
+                    attempt: *attempt,
+                })
+        })
+    }
+}
+
+/// Of the attempts of one pod at most one has processes: the largest claim counts.
+fn claim_of(attempts: &BTreeMap<Attempt, Admitted>) -> Resources {
+    attempts
+        .values()
+        .map(|a| a.claim)
+        .fold(Resources::default(), larger)
+}
+
+fn larger(a: Resources, b: Resources) -> Resources {
+    Resources {
+        cpu_millis: a.cpu_millis.max(b.cpu_millis),
+        memory_bytes: a.memory_bytes.max(b.memory_bytes),
+        ephemeral_storage_bytes: a.ephemeral_storage_bytes.max(b.ephemeral_storage_bytes),
+        sandboxes: a.sandboxes.max(b.sandboxes),
+    }
+}
+
+fn short_of(claim: Resources, free: Resources) -> String {
+    let mut short = vec![];
+    let mut compare = |what: &str, wanted: u64, free: u64| {
+        if wanted > free {
+            short.push(format!("{what}: {wanted} wanted, {free} free"));
+        }
+    };
+    compare("cpu (m)", claim.cpu_millis, free.cpu_millis);
+    compare("memory (bytes)", claim.memory_bytes, free.memory_bytes);
+    compare(
+        "ephemeral storage (bytes)",
+        claim.ephemeral_storage_bytes,
+        free.ephemeral_storage_bytes,
+    );
+    compare("sandboxes", claim.sandboxes.into(), free.sandboxes.into());
+    format!("no room: {}", short.join("; "))
+}
+
+/// Whether two specs of one attempt are the same, but for what may change while
+/// it runs: the contents of file volumes (a token is new each time it is asked
+/// for) and registry credentials.
+fn same(a: &SandboxSpec, b: &SandboxSpec) -> bool {
+    let fixed = |spec: &SandboxSpec| SandboxParts {
+        registry_credentials: vec![],
+        ..without_contents((*spec).clone())
+    };
+    fixed(a) == fixed(b)
+}
+
+fn without_contents(spec: SandboxSpec) -> SandboxParts {
+    let mut parts = SandboxParts::clone(&spec);
+    for volume in &mut parts.volumes {
+        if let VolumeSource::Files(files) = &volume.source {
+            // An empty set of files is valid: no path can be wrong.
+            let empty = Files::new(vec![], files.sensitive()).unwrap_or_default();
+            volume.source = VolumeSource::Files(empty);
+        }
+    }
+    parts
+}
+
+/// A spec to keep in memory: the contents of its volumes stay on disk.
+pub fn slim(spec: SandboxSpec) -> SandboxSpec {
+    let fallback = spec.clone();
+    SandboxSpec::new(without_contents(spec)).unwrap_or(fallback)
+}
+
+#[cfg(test)]
+mod tests;

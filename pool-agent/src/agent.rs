@@ -1,0 +1,229 @@
+//! The agent, put together: opens the ledger, takes over what is there, and
+//! serves until it is told to stop. Stopping leaves containers, network and mesh
+//! as they are.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use mesh_runtime::{
+    control::{InvalidPoolTls, PoolTls},
+    runtime::{Config as MeshConfig, MeshRuntime},
+};
+use pool_agent_api::{Resources, wire::pool_agent_server::PoolAgentServer};
+use prometheus_client::registry::Registry;
+use tokio::{net::TcpListener, sync::Semaphore};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+
+use crate::{
+    admission::Admission,
+    attachment::Mesh,
+    board::Board,
+    cgroup::Cgroups,
+    cni::{self, Desk, ListenError},
+    config::Config,
+    cri::{CriError, Runtime, events},
+    host::{AdoptError, Host},
+    housekeeping,
+    layout::Layout,
+    ledger::{Ledger, LedgerError},
+    metrics,
+    network::{Network, NetworkError},
+    sandbox::{clock::Clock, perform::Workshop},
+    service::{Facts, MAX_MESSAGE, Service, tls},
+};
+
+/// Image pulls at a time: more share the same line.
+const PULLS: usize = 5;
+/// How long calls may go on once the agent is told to stop.
+const FAREWELL: Duration = Duration::from_secs(3);
+/// The runtime may be starting beside us.
+const RUNTIME_PATIENCE: Duration = Duration::from_secs(60);
+
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    #[error("making {path}")]
+    Directory {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error(transparent)]
+    Ledger(#[from] LedgerError),
+    #[error("the pool's TLS")]
+    Tls(#[from] tls::TlsError),
+    #[error("the pool's TLS towards tenants' control planes")]
+    PoolTls(#[from] InvalidPoolTls),
+    #[error("opening the network")]
+    Network(#[from] NetworkError),
+    #[error("asking the container runtime for its version")]
+    Runtime(#[source] CriError),
+    #[error("taking over what is on the host")]
+    Adopt(#[from] AdoptError),
+    #[error(transparent)]
+    Cni(#[from] ListenError),
+    #[error("listening on {address}")]
+    Listen {
+        address: std::net::SocketAddr,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("serving")]
+    Serve(#[source] tonic::transport::Error),
+}
+
+/// Runs until `shutdown`.
+pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), AgentError> {
+    let layout = Layout::new(&config.state_dir, &config.run_dir);
+    for path in layout.roots().into_iter().chain([layout.routers()]) {
+        std::fs::create_dir_all(&path).map_err(|source| AgentError::Directory { path, source })?;
+    }
+    private(&config.run_dir)?;
+    private(&config.state_dir)?;
+    let pem = tls::Pem::read(&config.tls)?;
+    let pool_tls = PoolTls::from_pem(&pem.certificate, &pem.key, &pem.ca, config.tls.trust_domain.clone())?;
+    let (ledger, contents) = Ledger::open(&layout.ledger())?;
+    let clock = Clock::start();
+    let board = Board::new(contents.generation);
+    let runtime = Runtime::at(&config.containerd_socket);
+    let runtime_version = wait_for(&runtime).await.map_err(AgentError::Runtime)?;
+    let network = Network::open(layout.clone(), &config.uplink).await?;
+    let mut registry = Registry::default();
+    let mesh = MeshRuntime::start(
+        MeshConfig {
+            host: config.name.clone(),
+            bpffs: config.bpffs.clone(),
+            pool_tls,
+        },
+        &mut registry,
+    );
+    let desk = Desk::default();
+    let shop = Arc::new(Workshop {
+        host: config.name.clone(),
+        address: config.address,
+        memory: detect(&config.state_dir).memory_bytes,
+        runtime: runtime.clone(),
+        mesh: Mesh::new(mesh),
+        desk: desk.clone(),
+        layout,
+        cgroups: Cgroups::detect(),
+        clock,
+        pulls: Semaphore::new(PULLS),
+    });
+    // Before anything is taken over, so that no sandbox starts without us.
+    let cni = cni::listen(&config.cni_socket)?;
+    let listen = |address, source| AgentError::Listen { address, source };
+    let listener = TcpListener::bind(config.listen)
+        .await
+        .map_err(|e| listen(config.listen, e))?;
+    let metrics_listener = TcpListener::bind(config.metrics_listen)
+        .await
+        .map_err(|e| listen(config.metrics_listen, e))?;
+    let generation = contents.generation;
+    let host = Host::adopt(
+        shop,
+        board.clone(),
+        ledger,
+        contents,
+        network,
+        Admission::new(config.capacity),
+    )
+    .await?;
+    tokio::spawn(cni::serve(cni, desk));
+    tokio::spawn(events::watch(runtime, config.name.clone(), Arc::new(host.clone())));
+    tokio::spawn(housekeeping::record_statuses(host.clone()));
+    tokio::spawn(housekeeping::rotate_logs(host.clone()));
+    tokio::spawn(housekeeping::collect_images(host.clone()));
+    tokio::spawn(metrics::serve(metrics_listener, registry, host.clone()));
+    let callers = tls::accept(listener, config.tls.clone(), pem)?;
+    let service = PoolAgentServer::new(Service::new(host.clone(), facts(runtime_version)))
+        .max_decoding_message_size(MAX_MESSAGE);
+    tracing::info!(
+        host = %config.name, listen = %config.listen, generation,
+        capacity = ?config.capacity, "the agent serves"
+    );
+    let stopping = shutdown.clone();
+    let serving = Server::builder()
+        .http2_keepalive_interval(Some(Duration::from_secs(20)))
+        .http2_keepalive_timeout(Some(Duration::from_secs(20)))
+        .max_concurrent_streams(1024)
+        .add_service(service)
+        .serve_with_incoming_shutdown(callers, async move { stopping.cancelled().await });
+    let farewell = async {
+        shutdown.cancelled().await;
+        host.drain();
+        // Watches never end by themselves.
+        tokio::time::sleep(FAREWELL).await;
+    };
+    tokio::select! {
+        result = serving => result.map_err(AgentError::Serve)?,
+        () = farewell => {}
+    }
+    tracing::info!("the agent ends; containers and redirection stay");
+    Ok(())
+}
+
+/// Only root looks into the agent's directories.
+fn private(path: &Path) -> Result<(), AgentError> {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o700)).map_err(|source| {
+        AgentError::Directory {
+            path: path.to_owned(),
+            source,
+        }
+    })
+}
+
+async fn wait_for(runtime: &Runtime) -> Result<String, CriError> {
+    let begun = tokio::time::Instant::now();
+    loop {
+        match runtime.version().await {
+            Ok(version) => return Ok(version),
+            Err(error) if begun.elapsed() > RUNTIME_PATIENCE => return Err(error),
+            Err(error) => {
+                tracing::debug!(error = %error, "the container runtime does not answer yet");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        }
+    }
+}
+
+fn facts(runtime_version: String) -> Facts {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    let os_image = read("/etc/os-release")
+        .lines()
+        .find_map(|line| line.strip_prefix("PRETTY_NAME=").map(|n| n.trim_matches('"').to_owned()))
+        .unwrap_or_else(|| "Linux".into());
+    Facts {
+        boot_id: read("/proc/sys/kernel/random/boot_id"),
+        kernel_version: read("/proc/sys/kernel/osrelease"),
+        os_image,
+        runtime_version,
+    }
+}
+
+/// What this machine has: CPUs, memory, and the disk that `state_dir` is on.
+pub fn detect(state_dir: &Path) -> Resources {
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let memory_kib = std::fs::read_to_string("/proc/meminfo")
+        .ok()
+        .and_then(|text| {
+            let line = text.lines().find(|l| l.starts_with("MemTotal:"))?;
+            line.split_whitespace().nth(1)?.parse::<u64>().ok()
+        })
+        .unwrap_or(0);
+    // The directory may not be there yet.
+    let disk = state_dir
+        .ancestors()
+        .find_map(|path| nix::sys::statvfs::statvfs(path).ok())
+        .map_or(0, |fs| u64::from(fs.blocks()).saturating_mul(u64::from(fs.fragment_size())));
+    Resources {
+        cpu_millis: u64::try_from(cpus).unwrap_or(1).saturating_mul(1000),
+        memory_bytes: memory_kib.saturating_mul(1024),
+        ephemeral_storage_bytes: disk,
+        sandboxes: 0,
+    }
+}

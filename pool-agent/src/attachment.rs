@@ -1,0 +1,78 @@
+//! The one place where this agent meets the mesh. Called by `host` (tenants) and
+//! by a sandbox's `perform` (its attachment).
+
+use std::{net::Ipv4Addr, time::Duration};
+
+use mesh_runtime::{
+    attachment::AttachmentState,
+    pod::{Mode, PodRecord},
+    runtime::{AttachError, Attachment, CloseTenantError, MeshRuntime, OpenTenantError, PodAttachment},
+};
+use pool_agent_api::{SandboxKey, SandboxSpec, Tenant, TenantId, spec::MeshMode, status::MeshState};
+
+use crate::network::{PodDevice, ROUTER_UPLINK, Router};
+
+/// How long a pod's connections may go on once its processes are dead: what is
+/// left is what the proxy still has to deliver to others.
+const DRAIN: Duration = Duration::from_millis(500);
+
+pub struct Mesh {
+    runtime: MeshRuntime,
+}
+
+impl Mesh {
+    pub fn new(runtime: MeshRuntime) -> Self {
+        Self { runtime }
+    }
+
+    /// Takes over what an earlier agent left in the tenant's router, or begins.
+    pub async fn open_tenant(&self, tenant: &Tenant, router: &Router) -> Result<(), OpenTenantError> {
+        self.runtime.open_tenant(tenant, router.path(), ROUTER_UPLINK).await
+    }
+
+    /// Takes the mesh out of a tenant's router. Refused while pods are attached.
+    pub async fn close_tenant(&self, tenant: &TenantId) -> Result<(), CloseTenantError> {
+        self.runtime.close_tenant(tenant).await
+    }
+
+    /// Returns once every packet of the pod is the mesh's or dropped. The device
+    /// must still be down, unless it was attached before.
+    pub async fn attach(&self, spec: &SandboxSpec, device: &PodDevice) -> Result<Attachment, AttachError> {
+        self.runtime.attach(wanted(spec, device)).await
+    }
+
+    pub async fn detach(&self, key: &SandboxKey) {
+        self.runtime.detach(key, DRAIN).await;
+    }
+}
+
+fn wanted(spec: &SandboxSpec, device: &PodDevice) -> PodAttachment {
+    let address: Ipv4Addr = device.address;
+    PodAttachment {
+        pod: PodRecord {
+            key: spec.key.clone(),
+            tenant: spec.tenant.clone(),
+            namespace: spec.namespace.clone(),
+            name: spec.name.clone(),
+            service_account: spec.service_account.clone(),
+            address,
+            mode: match spec.mesh {
+                MeshMode::Enrolled => Mode::Enrolled,
+                MeshMode::Unmeshed => Mode::Unmeshed,
+            },
+        },
+        device: device.name.clone(),
+        mac: device.mac,
+    }
+}
+
+/// The mesh's states in the contract's words.
+pub fn reported(state: AttachmentState) -> MeshState {
+    match state {
+        AttachmentState::Detached => MeshState::Detached,
+        AttachmentState::Redirected => MeshState::Redirected,
+        AttachmentState::Identified => MeshState::Identified,
+        AttachmentState::Serving => MeshState::Serving,
+        AttachmentState::Draining => MeshState::Draining,
+    }
+}

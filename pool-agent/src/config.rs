@@ -1,0 +1,215 @@
+//! The agent's settings: one TOML file, parsed and checked once at the start.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::{Path, PathBuf},
+};
+
+use pool_agent_api::{HostName, Resources};
+use serde::Deserialize;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("reading {path}")]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("parsing {path}")]
+    Parse {
+        path: PathBuf,
+        #[source]
+        source: toml::de::Error,
+    },
+    #[error("{path}: {problem}")]
+    Invalid { path: PathBuf, problem: String },
+}
+
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub name: HostName,
+    /// This host's address in the underlay.
+    pub address: IpAddr,
+    pub listen: SocketAddr,
+    pub metrics_listen: SocketAddr,
+    /// Survives a reboot: the ledger, logs, disk volumes.
+    pub state_dir: PathBuf,
+    /// Gone after a reboot: specs with secrets, sockets, memory volumes.
+    pub run_dir: PathBuf,
+    /// A mounted bpf file system.
+    pub bpffs: PathBuf,
+    pub cni_socket: PathBuf,
+    pub containerd_socket: PathBuf,
+    /// The host's device towards the underlay; gives the pods their MTU.
+    pub uplink: String,
+    pub tls: TlsFiles,
+    pub capacity: Resources,
+}
+
+/// The pool's PKI, as PEM files.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsFiles {
+    pub certificate: PathBuf,
+    pub key: PathBuf,
+    pub ca: PathBuf,
+    pub trust_domain: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    name: String,
+    address: IpAddr,
+    listen: SocketAddr,
+    metrics_listen: SocketAddr,
+    state_dir: PathBuf,
+    run_dir: PathBuf,
+    bpffs: PathBuf,
+    cni_socket: PathBuf,
+    containerd_socket: PathBuf,
+    uplink: String,
+    tls: TlsFiles,
+    capacity: Option<Capacity>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Capacity {
+    cpu_millis: Option<u64>,
+    memory_bytes: Option<u64>,
+    ephemeral_storage_bytes: Option<u64>,
+    sandboxes: Option<u32>,
+}
+
+/// Slots where the file does not say: a kubelet's default.
+const DEFAULT_SANDBOXES: u32 = 110;
+
+impl Config {
+    /// Reads and checks the file. Amounts of capacity that are absent or 0 are
+    /// taken from `detected`.
+    pub fn load(path: &Path, detected: impl FnOnce(&Path) -> Resources) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::parse(path, &text, detected)
+    }
+
+    fn parse(path: &Path, text: &str, detected: impl FnOnce(&Path) -> Resources) -> Result<Self, ConfigError> {
+        let file: File = toml::from_str(text).map_err(|source| ConfigError::Parse {
+            path: path.to_owned(),
+            source,
+        })?;
+        let invalid = |problem: String| ConfigError::Invalid {
+            path: path.to_owned(),
+            problem,
+        };
+        let name = HostName::parse("name", file.name).map_err(|e| invalid(e.to_string()))?;
+        for (field, dir) in [
+            ("state_dir", &file.state_dir),
+            ("run_dir", &file.run_dir),
+            ("bpffs", &file.bpffs),
+            ("cni_socket", &file.cni_socket),
+            ("containerd_socket", &file.containerd_socket),
+        ] {
+            if !dir.is_absolute() {
+                return Err(invalid(format!("{field}: must be an absolute path")));
+            }
+        }
+        if file.uplink.is_empty() || file.uplink.len() > 15 {
+            return Err(invalid("uplink: must be the name of a network device".into()));
+        }
+        let found = detected(&file.state_dir);
+        let capacity = file.capacity.map_or(
+            Resources {
+                sandboxes: DEFAULT_SANDBOXES,
+                ..found
+            },
+            |c| {
+                let or = |given: Option<u64>, found| given.filter(|&n| n != 0).unwrap_or(found);
+                Resources {
+                    cpu_millis: or(c.cpu_millis, found.cpu_millis),
+                    memory_bytes: or(c.memory_bytes, found.memory_bytes),
+                    ephemeral_storage_bytes: or(c.ephemeral_storage_bytes, found.ephemeral_storage_bytes),
+                    sandboxes: c.sandboxes.filter(|&n| n != 0).unwrap_or(DEFAULT_SANDBOXES),
+                }
+            },
+        );
+        Ok(Self {
+            name,
+            address: file.address,
+            listen: file.listen,
+            metrics_listen: file.metrics_listen,
+            state_dir: file.state_dir,
+            run_dir: file.run_dir,
+            bpffs: file.bpffs,
+            cni_socket: file.cni_socket,
+            containerd_socket: file.containerd_socket,
+            uplink: file.uplink,
+            tls: file.tls,
+            capacity,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: &str = r#"
+        name = "host-a"
+        address = "192.0.2.11"
+        listen = "192.0.2.11:7443"
+        metrics_listen = "127.0.0.1:9464"
+        state_dir = "/var/lib/spindrift"
+        run_dir = "/run/spindrift"
+        bpffs = "/sys/fs/bpf/spindrift"
+        cni_socket = "/run/spindrift/cni.sock"
+        containerd_socket = "/run/containerd/containerd.sock"
+        uplink = "eth0"
+        [tls]
+        certificate = "/a" 
+        key = "/b"
+        ca = "/c"
+        trust_domain = "pool.spindrift"
+    "#;
+
+    fn found(_: &Path) -> Resources {
+        Resources {
+            cpu_millis: 2000,
+            memory_bytes: 1 << 30,
+            ephemeral_storage_bytes: 1 << 34,
+            sandboxes: 0,
+        }
+    }
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(Path::new("agent.toml"), text, found)
+    }
+
+    #[test]
+    fn capacity_is_what_the_file_says_and_else_what_the_host_has() {
+        assert_eq!(parse(FILE).unwrap().capacity.sandboxes, 110);
+        let text = format!("{FILE}\n[capacity]\ncpu_millis = 500\nmemory_bytes = 0\nsandboxes = 7");
+        let capacity = parse(&text).unwrap().capacity;
+        assert_eq!(
+            (capacity.cpu_millis, capacity.memory_bytes, capacity.sandboxes),
+            (500, 1 << 30, 7)
+        );
+    }
+
+    #[test]
+    fn a_file_with_a_mistake_is_refused_by_field() {
+        for (from, to, says) in [
+            ("\"host-a\"", "\"Host A\"", "name"),
+            ("\"/run/spindrift\"", "\"run\"", "run_dir"),
+            ("\"eth0\"", "\"\"", "uplink"),
+        ] {
+            let error = parse(&FILE.replace(from, to)).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+        assert!(parse(&FILE.replace("uplink", "uplnk")).is_err());
+    }
+}

@@ -1,0 +1,574 @@
+//! This host with all its tenants and sandboxes: what the service asks of it,
+//! and the one place where admission, ledger and drivers meet.
+//!
+//! ```text
+//!  start ─▶ admission (pure) ─▶ spec file, ledger (fsync) ─▶ driver ─▶ … ─▶ ledger: ended
+//! ```
+//!
+//! What always holds:
+//! - a sandbox is accepted towards its virtual node only when its record is on disk;
+//! - every record has a driver, also after a restart ([`adopt`]); what no record
+//!   names is removed, if it is ours;
+//! - a newer attempt's driver begins when the older attempt's has ended.
+
+mod adopt;
+mod spec_file;
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv4Addr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use mesh_runtime::runtime::{CloseTenantError, OpenTenantError};
+use pool_agent_api::{
+    Refusal, RefusalReason, Resources, SandboxKey, SandboxSpec, Tenant, TenantId,
+    spec::{MeshMode, Volume},
+    status::MeshState,
+};
+use tokio::sync::{mpsc, oneshot, watch};
+use tracing::Instrument;
+
+use crate::{
+    admission::{Admission, Answer, TenantRefusal, slim},
+    board::Board,
+    cri::events::{Believers, Sign},
+    ledger::{Entry, Ledger, LedgerError, Record},
+    network::{Network, NetworkError, Router},
+    sandbox::{
+        Lifecycle,
+        clock::after,
+        driver::{self, Command, INBOX, Outlet, Progress, addressing},
+        event::{ContainerId, Event, SandboxId, Trouble},
+        perform::{Hands, Workshop},
+    },
+};
+
+pub use adopt::AdoptError;
+pub use spec_file::{SpecFileError, read_spec, update_spec, write_spec};
+
+#[derive(Debug, thiserror::Error)]
+pub enum TenantError {
+    #[error(transparent)]
+    Refused(#[from] TenantRefusal),
+    #[error("pods of the tenant are here, and {0}")]
+    InUse(&'static str),
+    #[error("making the tenant's router")]
+    Network(#[from] NetworkError),
+    #[error("opening the tenant's mesh")]
+    Open(#[from] OpenTenantError),
+    #[error("closing the tenant's mesh")]
+    Close(#[from] CloseTenantError),
+    #[error("recording the tenant")]
+    Ledger(#[from] LedgerError),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    #[error("keeping the spec")]
+    Spec(#[from] SpecFileError),
+    #[error("recording the sandbox")]
+    Ledger(#[from] LedgerError),
+    #[error("the request that admitted the sandbox failed")]
+    OtherFailed,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    #[error("sandbox {0} is not on this host")]
+    Unknown(SandboxKey),
+    #[error("recording the stop")]
+    Ledger(#[from] LedgerError),
+    #[error("{}", .0.message)]
+    Refused(Trouble),
+}
+
+/// Cheap to clone.
+#[derive(Clone)]
+pub struct Host {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    shop: Arc<Workshop>,
+    board: Board,
+    ledger: Ledger,
+    network: Network,
+    /// The runtime handlers there are; empty if the runtime does not say.
+    handlers: Vec<String>,
+    state: Mutex<State>,
+    /// Held while a tenant is configured, so that this happens once at a time.
+    configuring: tokio::sync::Mutex<()>,
+}
+
+struct State {
+    admission: Admission,
+    tenants: HashMap<TenantId, OpenTenant>,
+    residents: HashMap<SandboxKey, Resident>,
+}
+
+#[derive(Clone)]
+struct OpenTenant {
+    settings: Tenant,
+    router: Router,
+}
+
+/// A sandbox with its driver.
+#[derive(Clone)]
+struct Resident {
+    tenant: TenantId,
+    commands: mpsc::Sender<Command>,
+    progress: watch::Receiver<Progress>,
+    /// Its admission is on disk (true), or could not be put there (false).
+    durable: watch::Receiver<Option<bool>>,
+    /// Nothing is left of it, and the ledger says so.
+    ended: watch::Receiver<bool>,
+}
+
+/// The far ends of a [`Resident`].
+struct Ends {
+    commands: mpsc::Receiver<Command>,
+    progress: watch::Sender<Progress>,
+    durable: watch::Sender<Option<bool>>,
+    ended: watch::Sender<bool>,
+}
+
+/// A sandbox that admission has just taken.
+struct Newcomer {
+    address: Ipv4Addr,
+    older: Option<Resident>,
+    ends: Ends,
+    tenant: OpenTenant,
+}
+
+fn resident(tenant: &TenantId) -> (Resident, Ends) {
+    let (commands, inbox) = mpsc::channel(INBOX);
+    let progress = watch::Sender::new(Progress::default());
+    let durable = watch::Sender::new(None);
+    let ended = watch::Sender::new(false);
+    let resident = Resident {
+        tenant: tenant.clone(),
+        commands,
+        progress: progress.subscribe(),
+        durable: durable.subscribe(),
+        ended: ended.subscribe(),
+    };
+    let ends = Ends {
+        commands: inbox,
+        progress,
+        durable,
+        ended,
+    };
+    (resident, ends)
+}
+
+impl Host {
+    pub fn free(&self) -> Resources {
+        self.state().admission.free()
+    }
+
+    pub fn capacity(&self) -> Resources {
+        self.state().admission.capacity()
+    }
+
+    pub fn board(&self) -> &Board {
+        &self.inner.board
+    }
+
+    pub fn shop(&self) -> &Workshop {
+        &self.inner.shop
+    }
+
+    /// No new sandboxes from now on.
+    pub fn drain(&self) {
+        self.state().admission.drain();
+    }
+
+    // ---- tenants
+
+    pub async fn configure_tenant(&self, tenant: Tenant) -> Result<(), TenantError> {
+        let _one_at_a_time = self.inner.configuring.lock().await;
+        let (known, pods) = {
+            let state = self.state();
+            let pods = state.residents.values().any(|r| r.tenant == tenant.id);
+            (state.tenants.get(&tenant.id).cloned(), pods)
+        };
+        if known.as_ref().is_some_and(|known| known.settings == tenant) {
+            return Ok(());
+        }
+        self.state().admission.set_tenant(&tenant.id, tenant.pod_range)?;
+        if let Some(known) = &known {
+            if pods {
+                return Err(TenantError::InUse("its settings cannot change under them"));
+            }
+            // Nothing runs in it: it is made anew.
+            self.inner.shop.mesh.close_tenant(&tenant.id).await?;
+            if known.settings.pod_range != tenant.pod_range {
+                self.inner.network.remove_router(&tenant.id).await?;
+            }
+        }
+        let opened = self.open_tenant(&tenant).await?;
+        self.inner.ledger.commit(vec![Record::Tenant(tenant.clone())]).await?;
+        self.state().tenants.insert(tenant.id.clone(), opened);
+        tracing::info!(tenant = %tenant.id, pod_range = %tenant.pod_range, "tenant configured");
+        Ok(())
+    }
+
+    async fn open_tenant(&self, tenant: &Tenant) -> Result<OpenTenant, TenantError> {
+        let IpNet::V4(range) = tenant.pod_range else {
+            return Err(TenantRefusal::Unusable(tenant.pod_range).into());
+        };
+        let router = self.inner.network.router(&tenant.id, range).await?;
+        self.inner.shop.mesh.open_tenant(tenant, &router).await?;
+        Ok(OpenTenant {
+            settings: tenant.clone(),
+            router,
+        })
+    }
+
+    // ---- sandboxes
+
+    /// Admits and starts a sandbox. Answers a repetition as it answered before.
+    pub async fn start(&self, spec: SandboxSpec) -> Result<(), StartError> {
+        let key = spec.key.clone();
+        if let Some(handler) = &spec.runtime_handler
+            && !self.inner.handlers.is_empty()
+            && !self.inner.handlers.contains(handler)
+        {
+            return Err(Refusal {
+                reason: RefusalReason::Unsupported,
+                message: format!("this host has no runtime handler {handler:?}"),
+                free: self.free(),
+            }
+            .into());
+        }
+        let slimmed = Arc::new(slim(spec.clone()));
+        let accepted_at = self.inner.shop.clock.now();
+        let Newcomer {
+            address,
+            older,
+            ends,
+            tenant,
+        } = match self.admit(&slimmed)? {
+            Ok(newcomer) => newcomer,
+            Err(durable) => return repeated(durable).await,
+        };
+        let entry = Entry {
+            key: key.clone(),
+            tenant: slimmed.tenant.clone(),
+            namespace: slimmed.namespace.clone(),
+            name: slimmed.name.clone(),
+            node_name: slimmed.node_name.clone(),
+            claim: slimmed.claim,
+            address,
+            accepted_at,
+            stop_by: None,
+        };
+        let dirs = self.inner.shop.layout.sandbox(&key);
+        let kept = tokio::task::spawn_blocking(move || write_spec(&dirs, spec))
+            .await
+            .unwrap_or_else(|_| Err(SpecFileError::BrokeOff));
+        let recorded = match kept {
+            Ok(()) => self
+                .inner
+                .ledger
+                .commit(vec![Record::Admitted(entry)])
+                .await
+                .map_err(StartError::from),
+            Err(error) => Err(error.into()),
+        };
+        if let Err(error) = recorded {
+            let mut state = self.state();
+            state.admission.undo(&key);
+            state.residents.remove(&key);
+            ends.durable.send_replace(Some(false));
+            return Err(error);
+        }
+        ends.durable.send_replace(Some(true));
+        tracing::info!(
+            pod.uid = %key.pod, attempt = %key.attempt, tenant = %slimmed.tenant,
+            pod.namespace = %slimmed.namespace, pod.name = %slimmed.name, address = %address,
+            "sandbox admitted"
+        );
+        let lifecycle = Lifecycle::new(slimmed.clone(), accepted_at);
+        let (hands, mesh) = self.hands(&slimmed, address, &tenant);
+        self.spawn(lifecycle, &slimmed, address, &tenant, hands, mesh, ends, older);
+        Ok(())
+    }
+
+    /// Admission's answer; a repetition (Err) waits for what comes of the first.
+    fn admit(
+        &self,
+        spec: &Arc<SandboxSpec>,
+    ) -> Result<Result<Newcomer, Option<watch::Receiver<Option<bool>>>>, Refusal> {
+        let mut state = self.state();
+        match state.admission.admit(spec)? {
+            Answer::Repeated => Ok(Err(state.residents.get(&spec.key).map(|r| r.durable.clone()))),
+            Answer::Admitted { address, supersedes } => {
+                let Some(tenant) = state.tenants.get(&spec.tenant).cloned() else {
+                    // Its range is known but its router is still being made.
+                    state.admission.undo(&spec.key);
+                    return Err(Refusal {
+                        reason: RefusalReason::UnknownTenant,
+                        message: format!("tenant {} is being configured on this host", spec.tenant),
+                        free: state.admission.free(),
+                    });
+                };
+                let older = supersedes.and_then(|old| state.residents.get(&old).cloned());
+                let (resident, ends) = resident(&spec.tenant);
+                state.residents.insert(spec.key.clone(), resident);
+                Ok(Ok(Newcomer {
+                    address,
+                    older,
+                    ends,
+                    tenant,
+                }))
+            }
+        }
+    }
+
+    /// Begins the graceful end, or hastens it.
+    pub async fn stop(&self, tenant: &TenantId, key: &SandboxKey, grace: Duration) -> Result<(), SandboxError> {
+        let resident = self.resident(tenant, key)?;
+        let by = after(self.inner.shop.clock.now(), grace);
+        // An agent that starts again in the middle goes on stopping.
+        self.inner
+            .ledger
+            .commit(vec![Record::Stopping(key.clone(), by)])
+            .await?;
+        tell(&resident, Command::Event(Event::Stop { grace })).await;
+        Ok(())
+    }
+
+    pub async fn update(
+        &self,
+        tenant: &TenantId,
+        key: &SandboxKey,
+        volumes: Vec<Volume>,
+    ) -> Result<(), SandboxError> {
+        let resident = self.resident(tenant, key)?;
+        let (done, answer) = oneshot::channel();
+        tell(&resident, Command::Update { volumes, done }).await;
+        answer
+            .await
+            .map_err(|_| SandboxError::Unknown(key.clone()))?
+            .map_err(SandboxError::Refused)
+    }
+
+    /// Leaves nothing of a sandbox but its fence. Returns when that is so.
+    pub async fn forget(&self, tenant: &TenantId, key: &SandboxKey) -> Result<(), SandboxError> {
+        match self.resident(tenant, key) {
+            Ok(resident) => {
+                end(resident).await;
+                Ok(())
+            }
+            Err(_) => {
+                let fenced = {
+                    let mut state = self.state();
+                    // Another tenant's sandbox of that name is none of the caller's.
+                    if state.residents.contains_key(key) {
+                        return Ok(());
+                    }
+                    state.admission.fence(key)
+                };
+                if fenced {
+                    self.inner.ledger.commit(vec![Record::Ended(key.clone())]).await?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Refused unless the sandbox is here and the tenant's.
+    pub fn check(&self, tenant: &TenantId, key: &SandboxKey) -> Result<(), SandboxError> {
+        self.resident(tenant, key).map(drop)
+    }
+
+    /// The runtime's id of a sandbox that runs.
+    pub fn sandbox_id(&self, tenant: &TenantId, key: &SandboxKey) -> Result<Option<SandboxId>, SandboxError> {
+        let resident = self.resident(tenant, key)?;
+        let progress = resident.progress.borrow();
+        Ok(progress.sandbox.clone())
+    }
+
+    fn resident(&self, tenant: &TenantId, key: &SandboxKey) -> Result<Resident, SandboxError> {
+        self.state()
+            .residents
+            .get(key)
+            .filter(|r| r.tenant == *tenant)
+            .cloned()
+            .ok_or_else(|| SandboxError::Unknown(key.clone()))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Every change is made whole before the guard goes.
+        self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // ---- drivers
+
+    fn hands(
+        &self,
+        spec: &Arc<SandboxSpec>,
+        address: Ipv4Addr,
+        tenant: &OpenTenant,
+    ) -> (Arc<Hands>, watch::Receiver<MeshState>) {
+        let mesh = watch::Sender::new(MeshState::Detached);
+        let states = mesh.subscribe();
+        let hands = Hands::new(
+            self.inner.shop.clone(),
+            spec.clone(),
+            address,
+            tenant.router.clone(),
+            mesh,
+        );
+        (Arc::new(hands), states)
+    }
+
+    /// Gives a sandbox its driver; `older` has to end first.
+    #[expect(clippy::too_many_arguments, reason = "it is where the parts of a sandbox come together")]
+    fn spawn(
+        &self,
+        lifecycle: Lifecycle,
+        spec: &Arc<SandboxSpec>,
+        address: Ipv4Addr,
+        tenant: &OpenTenant,
+        hands: Arc<Hands>,
+        mesh: watch::Receiver<MeshState>,
+        ends: Ends,
+        older: Option<Resident>,
+    ) {
+        let identity = match spec.mesh {
+            MeshMode::Enrolled => Some(format!(
+                "spiffe://{}/ns/{}/sa/{}",
+                tenant.settings.mesh_control.trust_domain, spec.namespace, spec.service_account
+            )),
+            MeshMode::Unmeshed => None,
+        };
+        let host_ip: IpAddr = self.inner.shop.address;
+        let outlet = Outlet {
+            board: self.inner.board.clone(),
+            tenant: spec.tenant.clone(),
+            addressing: addressing(address, host_ip, identity),
+            progress: ends.progress,
+            clock: self.inner.shop.clock,
+        };
+        let span = tracing::info_span!(
+            "sandbox",
+            pod.uid = %spec.key.pod,
+            attempt = %spec.key.attempt,
+            pod.namespace = %spec.namespace,
+            pod.name = %spec.name,
+            tenant = %spec.tenant,
+        );
+        let progress = outlet.progress.subscribe();
+        let commands = {
+            let state = self.state();
+            state.residents.get(&spec.key).map(|r| r.commands.clone())
+        };
+        tokio::spawn(driver::run(lifecycle, hands, ends.commands, mesh, outlet).instrument(span.clone()));
+        tokio::spawn(
+            async move {
+                if let Some(older) = older {
+                    tracing::info!("an older attempt has to end first");
+                    end(older).await;
+                }
+                if let Some(commands) = commands
+                    && commands.send(Command::Event(Event::Begin)).await.is_err()
+                {
+                    tracing::debug!("the sandbox ended before it began");
+                }
+            }
+            .instrument(span.clone()),
+        );
+        let this = self.clone();
+        let (key, tenant) = (spec.key.clone(), spec.tenant.clone());
+        tokio::spawn(
+            async move { this.see_off(key, tenant, progress, ends.ended).await }.instrument(span),
+        );
+    }
+
+    /// Follows a sandbox to its end, and gives back what it held.
+    async fn see_off(
+        &self,
+        key: SandboxKey,
+        tenant: TenantId,
+        mut progress: watch::Receiver<Progress>,
+        ended: watch::Sender<bool>,
+    ) {
+        if progress.wait_for(|p| p.stopped || p.gone).await.is_err() {
+            return;
+        }
+        self.state().admission.release(&key);
+        if progress.wait_for(|p| p.gone).await.is_err() {
+            return;
+        }
+        while let Err(error) = self.inner.ledger.commit(vec![Record::Ended(key.clone())]).await {
+            // Its end is not told before it is recorded; the fence must not be lost.
+            tracing::error!(error = %error, "the end of a sandbox cannot be recorded");
+            tokio::time::sleep(Duration::from_secs(5)).await;
+        }
+        {
+            let mut state = self.state();
+            state.admission.end(&key);
+            state.residents.remove(&key);
+        }
+        self.inner.board.forget(&tenant, &key);
+        ended.send_replace(true);
+        tracing::info!("sandbox forgotten");
+    }
+}
+
+/// Tells a sandbox to leave nothing, and waits for that.
+async fn end(resident: Resident) {
+    let mut ended = resident.ended.clone();
+    tell(&resident, Command::Event(Event::Forget)).await;
+    // An error tells that the far end has gone, at the agent's own end.
+    let _over = ended.wait_for(|ended| *ended).await.is_ok();
+}
+
+async fn tell(resident: &Resident, command: Command) {
+    if resident.commands.send(command).await.is_err() {
+        tracing::debug!("a sandbox's driver has ended");
+    }
+}
+
+/// The answer to a repeated start: that of the first, once it is known.
+async fn repeated(durable: Option<watch::Receiver<Option<bool>>>) -> Result<(), StartError> {
+    let Some(mut durable) = durable else {
+        return Err(StartError::OtherFailed);
+    };
+    match durable.wait_for(Option::is_some).await {
+        Ok(outcome) if *outcome == Some(true) => Ok(()),
+        _ => Err(StartError::OtherFailed),
+    }
+}
+
+impl Believers for Host {
+    fn believed(&self) -> Vec<(SandboxKey, Option<SandboxId>, Vec<ContainerId>)> {
+        self.state()
+            .residents
+            .iter()
+            .map(|(key, resident)| {
+                let progress = resident.progress.borrow();
+                let sandbox = progress.sandbox.clone().filter(|_| !progress.stopped);
+                (key.clone(), sandbox, progress.running.clone())
+            })
+            .filter(|(_, sandbox, running)| sandbox.is_some() || !running.is_empty())
+            .collect()
+    }
+
+    fn tell(&self, key: &SandboxKey, sign: Sign) {
+        let commands = self.state().residents.get(key).map(|r| r.commands.clone());
+        if let Some(commands) = commands
+            // A driver whose inbox is full hears of it at the next look at everything.
+            && let Err(error) = commands.try_send(Command::Sign(sign))
+        {
+            tracing::debug!(error = %error, "a sign did not reach its driver");
+        }
+    }
+}

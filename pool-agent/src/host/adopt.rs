@@ -1,0 +1,480 @@
+//! Taking over what an earlier agent left: the ledger says what was admitted, the
+//! run directory what it was to be, the runtime what there is.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use futures::StreamExt;
+use pool_agent_api::{
+    SandboxKey, SandboxSpec, SandboxStatus, TenantId,
+    status::{ContainerState, ContainerStatus, MeshState, SandboxState},
+    wire,
+};
+use prost::Message;
+use tokio::sync::watch;
+use tracing::Instrument;
+
+use super::{Ends, Host, Inner, Resident, State, TenantError, read_spec, resident};
+use crate::{
+    admission::{Admission, TenantRefusal, slim},
+    board::Board,
+    cgroup::Cgroups,
+    cri::{CriError, KnownContainer, KnownSandbox, Labels, ReportedState},
+    layout::{Layout, SandboxDirs},
+    ledger::{Contents, Entry, Ledger},
+    network::{Network, NetworkError},
+    sandbox::{
+        Lifecycle,
+        driver::{Command, Progress},
+        event::{Event, Slot},
+        lifecycle::{Found, FoundRun, FoundState},
+        perform::{Hands, Workshop},
+    },
+    volumes,
+};
+
+/// Sandboxes that are taken over at a time; each asks the runtime a few things.
+const AT_A_TIME: usize = 16;
+/// How soon something that must work in the end is tried again.
+const AGAIN: Duration = Duration::from_secs(2);
+
+#[derive(Debug, thiserror::Error)]
+pub enum AdoptError {
+    #[error("asking the runtime what there is")]
+    Runtime(#[source] CriError),
+    #[error("opening tenant {tenant}, which the ledger holds")]
+    Tenant {
+        tenant: TenantId,
+        #[source]
+        source: TenantError,
+    },
+    #[error("the tenants that the ledger holds do not fit together")]
+    Ranges(#[source] TenantRefusal),
+    #[error("sweeping the network")]
+    Network(#[source] NetworkError),
+}
+
+/// What the runtime has of one key.
+#[derive(Default)]
+struct There {
+    sandboxes: Vec<KnownSandbox>,
+    containers: Vec<KnownContainer>,
+}
+
+/// A recorded sandbox on its way to a driver.
+struct Heir {
+    entry: Entry,
+    spec: Option<Arc<SandboxSpec>>,
+    there: There,
+    ends: Ends,
+    older: Option<Resident>,
+}
+
+impl Host {
+    /// Opens the ledger's tenants, gives every recorded sandbox its driver, and
+    /// removes what is ours and recorded nowhere.
+    pub async fn adopt(
+        shop: Arc<Workshop>,
+        board: Board,
+        ledger: Ledger,
+        contents: Contents,
+        network: Network,
+        mut admission: Admission,
+    ) -> Result<Self, AdoptError> {
+        let handlers = shop.runtime.handlers().await.map_err(AdoptError::Runtime)?;
+        let mut there = everything(&shop).await.map_err(AdoptError::Runtime)?;
+        for tenant in contents.tenants.values() {
+            admission
+                .set_tenant(&tenant.id, tenant.pod_range)
+                .map_err(AdoptError::Ranges)?;
+        }
+        for (tenant, last) in &contents.last_address {
+            admission.resume_addresses_after(tenant, *last);
+        }
+        for key in &contents.ended {
+            admission.fence(key);
+        }
+        let host = Self {
+            inner: Arc::new(Inner {
+                shop,
+                board,
+                ledger,
+                network,
+                handlers,
+                state: Mutex::new(State {
+                    admission,
+                    tenants: HashMap::new(),
+                    residents: HashMap::new(),
+                }),
+                configuring: tokio::sync::Mutex::default(),
+            }),
+        };
+        let keep: Vec<SandboxKey> = contents.admitted.keys().cloned().collect();
+        for tenant in contents.tenants.values() {
+            let opened = host
+                .open_tenant(tenant)
+                .await
+                .map_err(|source| AdoptError::Tenant {
+                    tenant: tenant.id.clone(),
+                    source,
+                })?;
+            opened.router.sweep(&keep).await.map_err(AdoptError::Network)?;
+            host.state().tenants.insert(tenant.id.clone(), opened);
+        }
+        host.sweep(&contents.admitted, &mut there).await;
+
+        // Admission counts in the order in which things happened.
+        let mut entries: Vec<Entry> = contents.admitted.into_values().collect();
+        entries.sort_by_key(|entry| (entry.accepted_at, entry.key.attempt));
+        let heirs: Vec<Heir> = entries
+            .into_iter()
+            .map(|entry| {
+                let there = there.remove(&entry.key).unwrap_or_default();
+                host.readmit(entry, there)
+            })
+            .collect();
+        futures::stream::iter(heirs)
+            .for_each_concurrent(AT_A_TIME, |heir| host.take_over(heir))
+            .await;
+        Ok(host)
+    }
+
+    /// Removes what is ours but has no record: it was never acknowledged, or has ended.
+    async fn sweep(&self, admitted: &BTreeMap<SandboxKey, Entry>, there: &mut HashMap<SandboxKey, There>) {
+        let shop = &self.inner.shop;
+        let orphans: Vec<SandboxKey> = there
+            .keys()
+            .filter(|key| !admitted.contains_key(key))
+            .cloned()
+            .collect();
+        for key in orphans {
+            tracing::info!(pod.uid = %key.pod, attempt = %key.attempt, "removing a sandbox without a record");
+            for sandbox in there.remove(&key).unwrap_or_default().sandboxes {
+                let removal = async {
+                    shop.runtime.stop_sandbox(&sandbox.id).await?;
+                    shop.runtime.remove_sandbox(&sandbox.id).await
+                };
+                if let Err(error) = removal.await {
+                    tracing::warn!(sandbox.id = %sandbox.id, error = %error, "an orphan stays until the next start");
+                }
+            }
+        }
+        let layout = shop.layout.clone();
+        let cgroups = shop.cgroups.clone();
+        let admitted: Vec<SandboxKey> = admitted.keys().cloned().collect();
+        let files = tokio::task::spawn_blocking(move || sweep_files(&layout, &cgroups, &admitted));
+        if let Err(error) = files.await {
+            tracing::warn!(error = %error, "sweeping files broke off");
+        }
+    }
+
+    /// Puts a recorded sandbox back among the residents.
+    fn readmit(&self, entry: Entry, there: There) -> Heir {
+        let dirs = self.inner.shop.layout.sandbox(&entry.key);
+        let spec = match read_spec(&dirs) {
+            Ok(spec) => Some(Arc::new(slim(spec))),
+            Err(error) => {
+                tracing::warn!(
+                    pod.uid = %entry.key.pod, attempt = %entry.key.attempt, error = %error,
+                    "a sandbox's spec is lost: it can only end"
+                );
+                None
+            }
+        };
+        let (resident, ends) = resident(&entry.tenant);
+        ends.durable.send_replace(Some(true));
+        let mut state = self.state();
+        state
+            .admission
+            .restore(&entry.key, &entry.tenant, spec.clone(), entry.claim, entry.address);
+        // One that was being superseded still has to end first.
+        let older = state
+            .residents
+            .iter()
+            .filter(|(key, _)| key.pod == entry.key.pod && key.attempt < entry.key.attempt)
+            .max_by_key(|(key, _)| key.attempt)
+            .map(|(_, resident)| resident.clone());
+        state.residents.insert(entry.key.clone(), resident);
+        drop(state);
+        Heir {
+            entry,
+            spec,
+            there,
+            ends,
+            older,
+        }
+    }
+
+    async fn take_over(&self, heir: Heir) {
+        let tenant = self.state().tenants.get(&heir.entry.tenant).cloned();
+        let (Some(spec), Some(tenant)) = (heir.spec, tenant) else {
+            self.spawn_remains(heir.entry, heir.there, heir.ends);
+            return;
+        };
+        let (hands, mesh) = self.hands(&spec, heir.entry.address, &tenant);
+        let dirs = self.inner.shop.layout.sandbox(&heir.entry.key);
+        let found = self
+            .find(&spec, &heir.entry, heir.there, &hands, read_status(&dirs))
+            .await;
+        tracing::info!(
+            pod.uid = %spec.key.pod, attempt = %spec.key.attempt, tenant = %spec.tenant,
+            pod.namespace = %spec.namespace, pod.name = %spec.name,
+            runs = found.runs.len(), alive = found.sandbox.is_some(), "sandbox taken over"
+        );
+        let now = self.inner.shop.clock.now();
+        let lifecycle = Lifecycle::adopt(spec.clone(), heir.entry.accepted_at, found, now);
+        let address = heir.entry.address;
+        self.spawn(lifecycle, &spec, address, &tenant, hands, mesh, heir.ends, heir.older);
+    }
+
+    async fn find(
+        &self,
+        spec: &SandboxSpec,
+        entry: &Entry,
+        there: There,
+        hands: &Arc<Hands>,
+        before: Option<SandboxStatus>,
+    ) -> Found {
+        let ready = there.sandboxes.iter().find(|s| s.ready).map(|s| s.id.clone());
+        let sandbox = match ready {
+            None => None,
+            Some(id) => match hands.adopt().await {
+                Ok(true) => Some(id),
+                Ok(false) => {
+                    tracing::warn!(pod.uid = %spec.key.pod, "a sandbox's device is gone");
+                    None
+                }
+                Err(error) => {
+                    // Its packets are dropped until this works; its containers go on.
+                    tracing::error!(pod.uid = %spec.key.pod, error, "a sandbox's attachment was not taken over");
+                    tokio::spawn(attach_in_the_end(hands.clone()).in_current_span());
+                    Some(id)
+                }
+            },
+        };
+        let mut runs = vec![];
+        for known in there.containers {
+            let slot = spec.all_containers().position(|c| c.name == known.container);
+            let Some(slot) = slot.map(Slot) else {
+                continue;
+            };
+            let report = match self.inner.shop.runtime.report(&known.id).await {
+                Ok(report) => report,
+                Err(error) => {
+                    tracing::warn!(error = %error, "a container could not be looked at");
+                    continue;
+                }
+            };
+            let state = match report.state {
+                // Never started: the number is used again.
+                ReportedState::Created => continue,
+                ReportedState::Running { started_at } => FoundState::Running { started_at },
+                ReportedState::Exited(end) => {
+                    FoundState::Exited(hands.with_last_words(slot, known.restart, end).await)
+                }
+            };
+            let last = before.as_ref().and_then(|b| last_status(b, spec, slot));
+            let same_run = last.filter(|s| s.container_id == format!("containerd://{}", known.id));
+            let probed = spec
+                .all_containers()
+                .nth(slot.0)
+                .is_some_and(|c| c.startup_probe.is_some());
+            runs.push(FoundRun {
+                slot,
+                id: known.id,
+                restart: known.restart,
+                image_id: report.image_id,
+                created_at: report.created_at,
+                state,
+                was_started: !probed || same_run.is_some_and(|s| s.started),
+                was_ready: same_run.is_some_and(|s| s.ready),
+            });
+        }
+        Found {
+            had_run: !runs.is_empty() || before.is_some_and(|b| b.state != SandboxState::Preparing),
+            sandbox,
+            stop_by: entry.stop_by,
+            runs,
+        }
+    }
+
+    /// A sandbox whose spec is gone with the host's memory: all that is left is to
+    /// say so, and to clear up.
+    fn spawn_remains(&self, entry: Entry, there: There, ends: Ends) {
+        let this = self.clone();
+        let span = tracing::info_span!("remains", pod.uid = %entry.key.pod, attempt = %entry.key.attempt,
+            pod.namespace = %entry.namespace, pod.name = %entry.name, tenant = %entry.tenant);
+        let progress = ends.progress.subscribe();
+        let (key, tenant) = (entry.key.clone(), entry.tenant.clone());
+        let host = self.clone();
+        let ended = ends.ended;
+        let (commands, progress_sender) = (ends.commands, ends.progress);
+        tokio::spawn(
+            async move { host.see_off(key, tenant, progress, ended).await }.instrument(span.clone()),
+        );
+        tokio::spawn(
+            async move { this.bury_remains(entry, there, commands, progress_sender).await }.instrument(span),
+        );
+    }
+
+    async fn bury_remains(
+        &self,
+        entry: Entry,
+        there: There,
+        mut commands: tokio::sync::mpsc::Receiver<Command>,
+        progress: watch::Sender<Progress>,
+    ) {
+        let shop = &self.inner.shop;
+        for sandbox in &there.sandboxes {
+            while let Err(error) = shop.runtime.stop_sandbox(&sandbox.id).await {
+                tracing::warn!(error = %error, "what is left of a sandbox cannot be stopped");
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+        shop.mesh.detach(&entry.key).await;
+        let router = self.state().tenants.get(&entry.tenant).map(|t| t.router.clone());
+        if let Some(router) = router {
+            while let Err(error) = router.unplug(&entry.key).await {
+                tracing::warn!(error = %error, "what is left of a sandbox cannot be unplugged");
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+        let dirs = shop.layout.sandbox(&entry.key);
+        let before = read_status(&dirs);
+        self.inner
+            .board
+            .publish(&entry.tenant, lost_status(&entry, before, shop.address));
+        progress.send_modify(|p| p.stopped = true);
+        loop {
+            match commands.recv().await {
+                Some(Command::Event(Event::Forget)) | None => break,
+                // It has stopped already; dropping an update refuses it.
+                Some(_) => {}
+            }
+        }
+        for sandbox in &there.sandboxes {
+            while let Err(error) = shop.runtime.remove_sandbox(&sandbox.id).await {
+                tracing::warn!(error = %error, "what is left of a sandbox cannot be removed");
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+        let cgroups = shop.cgroups.clone();
+        let key = entry.key.clone();
+        let files = tokio::task::spawn_blocking(move || remove_files(&dirs, &cgroups, &key));
+        if let Err(error) = files.await {
+            tracing::warn!(error = %error, "removing files broke off");
+        }
+        progress.send_modify(|p| p.gone = true);
+    }
+}
+
+async fn everything(shop: &Workshop) -> Result<HashMap<SandboxKey, There>, CriError> {
+    let of = Labels::Host(&shop.host);
+    let (sandboxes, containers) = tokio::try_join!(shop.runtime.sandboxes(of), shop.runtime.containers(of))?;
+    let mut there: HashMap<SandboxKey, There> = HashMap::new();
+    for sandbox in sandboxes {
+        there.entry(sandbox.key.clone()).or_default().sandboxes.push(sandbox);
+    }
+    for container in containers {
+        there
+            .entry(container.key.clone())
+            .or_default()
+            .containers
+            .push(container);
+    }
+    Ok(there)
+}
+
+async fn attach_in_the_end(hands: Arc<Hands>) {
+    loop {
+        tokio::time::sleep(AGAIN).await;
+        match hands.adopt().await {
+            Ok(_) => return,
+            Err(error) => tracing::warn!(error, "a sandbox's attachment is still not taken over"),
+        }
+    }
+}
+
+fn sweep_files(layout: &Layout, cgroups: &Cgroups, admitted: &[SandboxKey]) {
+    for root in layout.roots() {
+        let Ok(entries) = std::fs::read_dir(&root) else {
+            continue;
+        };
+        for name in entries.filter_map(|e| e.ok().map(|e| e.file_name())) {
+            let key = name.to_str().and_then(Layout::key_of);
+            if let Some(key) = key.filter(|key| !admitted.contains(key)) {
+                remove_files(&layout.sandbox(&key), cgroups, &key);
+            }
+        }
+    }
+}
+
+fn remove_files(dirs: &SandboxDirs, cgroups: &Cgroups, key: &SandboxKey) {
+    for parent in Cgroups::parents(key) {
+        if let Err(error) = cgroups.remove(&parent) {
+            tracing::warn!(cgroup = parent, error = %error, "a pod's cgroup stays");
+        }
+    }
+    if let Err(error) = volumes::remove(dirs) {
+        tracing::warn!(error = %error, "a sandbox's files stay");
+    }
+}
+
+/// The last status that was published, if it can be read.
+fn read_status(dirs: &SandboxDirs) -> Option<SandboxStatus> {
+    let bytes = std::fs::read(dirs.status()).ok()?;
+    let status = wire::SandboxStatus::decode(bytes.as_slice()).ok()?;
+    SandboxStatus::try_from(status).ok()
+}
+
+fn last_status<'a>(status: &'a SandboxStatus, spec: &SandboxSpec, slot: Slot) -> Option<&'a ContainerStatus> {
+    let name = &spec.all_containers().nth(slot.0)?.name;
+    status
+        .init_containers
+        .iter()
+        .chain(&status.containers)
+        .find(|s| s.name == *name)
+}
+
+fn lost_status(entry: &Entry, before: Option<SandboxStatus>, host_ip: std::net::IpAddr) -> SandboxStatus {
+    let mut status = before.unwrap_or_else(|| SandboxStatus {
+        key: entry.key.clone(),
+        namespace: entry.namespace.clone(),
+        name: entry.name.clone(),
+        node_name: entry.node_name.clone(),
+        revision: 0,
+        state: SandboxState::Stopped,
+        reason: String::new(),
+        message: String::new(),
+        pod_ip: None,
+        host_ip,
+        accepted_at: entry.accepted_at,
+        mesh: MeshState::Detached,
+        identity: None,
+        init_containers: vec![],
+        containers: vec![],
+    });
+    status.state = SandboxState::Stopped;
+    status.mesh = MeshState::Detached;
+    status.reason = "SandboxLost".into();
+    status.message = "The host lost the sandbox, as in a restart; the pod needs another".into();
+    for container in status.init_containers.iter_mut().chain(&mut status.containers) {
+        if let ContainerState::Running { started_at } = container.state {
+            container.state = ContainerState::Terminated(pool_agent_api::status::Terminated {
+                exit_code: 137,
+                signal: 0,
+                reason: "ContainerStatusUnknown".into(),
+                message: "The container could not be located when the pod was terminated".into(),
+                started_at: Some(started_at),
+                finished_at: started_at,
+                container_id: container.container_id.clone(),
+            });
+        }
+        container.ready = false;
+        container.started = false;
+    }
+    status
+}

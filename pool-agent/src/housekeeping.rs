@@ -1,0 +1,151 @@
+//! What the agent does by the clock: keeps the last statuses on disk, rotates
+//! logs, and lets images go that nobody uses when the disk fills.
+
+use std::{collections::BTreeMap, collections::HashSet, time::Duration};
+
+use jiff::Timestamp;
+use pool_agent_api::{status::ContainerState, wire};
+use prost::Message;
+
+use crate::{board::Change, host::Host, layout::SandboxDirs, logs, volumes::write_file};
+
+const ROTATE: Duration = Duration::from_secs(10);
+const COLLECT: Duration = Duration::from_secs(300);
+/// A kubelet's thresholds: begun above the first, until below the second.
+const IMAGES_BEGIN: f64 = 0.85;
+const IMAGES_END: f64 = 0.80;
+/// An image this young may be for a container that is about to start.
+const IMAGE_YOUTH: Duration = Duration::from_secs(120);
+
+/// Writes each status beside the sandbox's spec, so that an agent that starts
+/// again reports no less. Not fsync'd: without it a pod is merely probed anew.
+pub async fn record_statuses(host: Host) {
+    let mut reader = host.board().reader(None);
+    loop {
+        match reader.take() {
+            Ok(changes) => {
+                let layout = host.shop().layout.clone();
+                let written = tokio::task::spawn_blocking(move || {
+                    for change in changes {
+                        let Change::Status(status) = change else {
+                            continue;
+                        };
+                        let dirs = layout.sandbox(&status.key);
+                        // Removed while this was on its way.
+                        if !dirs.spec().exists() {
+                            continue;
+                        }
+                        let bytes = wire::SandboxStatus::from((*status).clone()).encode_to_vec();
+                        if let Err(error) = write_file(&dirs.status(), &bytes, 0o600) {
+                            tracing::warn!(pod.uid = %status.key.pod, error = %error, "a status was not kept");
+                        }
+                    }
+                });
+                if let Err(error) = written.await {
+                    tracing::warn!(error = %error, "keeping statuses broke off");
+                }
+            }
+            Err(_) => reader = host.board().reader(None),
+        }
+        if !reader.changed().await {
+            return;
+        }
+    }
+}
+
+pub async fn rotate_logs(host: Host) {
+    let mut ticks = tokio::time::interval(ROTATE);
+    loop {
+        ticks.tick().await;
+        for (_, status) in host.board().all() {
+            let logs = host.shop().layout.sandbox(&status.key).logs();
+            for container in status.init_containers.iter().chain(&status.containers) {
+                if !matches!(container.state, ContainerState::Running { .. }) {
+                    continue;
+                }
+                let path = logs.join(SandboxDirs::log_name(&container.name, container.restart_count));
+                let id = container
+                    .container_id
+                    .strip_prefix("containerd://")
+                    .unwrap_or(&container.container_id);
+                let id = crate::sandbox::event::ContainerId(id.to_owned());
+                let now = host.shop().clock.now();
+                if let Err(error) = logs::rotate(&host.shop().runtime, &id, &path, now).await {
+                    tracing::warn!(pod.uid = %status.key.pod, error = %error, "a log was not rotated");
+                }
+            }
+        }
+    }
+}
+
+/// Removes images that no container uses, those unused the longest first.
+pub async fn collect_images(host: Host) {
+    let mut ticks = tokio::time::interval(COLLECT);
+    // When an image was last seen in use, or first seen at all.
+    let mut last_used: BTreeMap<String, Timestamp> = BTreeMap::new();
+    loop {
+        ticks.tick().await;
+        if let Err(error) = collect_once(&host, &mut last_used).await {
+            tracing::warn!(error = %error, "images could not be looked through");
+        }
+    }
+}
+
+async fn collect_once(
+    host: &Host,
+    last_used: &mut BTreeMap<String, Timestamp>,
+) -> Result<(), crate::cri::CriError> {
+    let shop = host.shop();
+    let images = shop.runtime.images().await?;
+    let now = shop.clock.now();
+    let used: HashSet<String> = host
+        .board()
+        .all()
+        .iter()
+        .flat_map(|(_, s)| {
+            s.init_containers
+                .iter()
+                .chain(&s.containers)
+                .flat_map(|c| [c.image.clone(), c.image_id.clone()])
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    let in_use = |image: &crate::cri::wire::Image| {
+        used.contains(&image.id)
+            || image.repo_tags.iter().chain(&image.repo_digests).any(|name| used.contains(name))
+    };
+    last_used.retain(|id, _| images.iter().any(|image| image.id == *id));
+    for image in &images {
+        if in_use(image) {
+            last_used.insert(image.id.clone(), now);
+        } else {
+            last_used.entry(image.id.clone()).or_insert(now);
+        }
+    }
+    let directories = shop.runtime.image_directories().await?;
+    let fullness = || {
+        directories
+            .iter()
+            .filter_map(|d| nix::sys::statvfs::statvfs(d.as_str()).ok())
+            .map(|fs| 1.0 - fs.blocks_available() as f64 / (fs.blocks().max(1)) as f64)
+            .fold(0.0, f64::max)
+    };
+    if fullness() < IMAGES_BEGIN {
+        return Ok(());
+    }
+    let mut idle: Vec<_> = images
+        .iter()
+        .filter(|image| !image.pinned && !in_use(image))
+        .filter_map(|image| last_used.get(&image.id).map(|at| (*at, image)))
+        .filter(|(at, _)| crate::sandbox::clock::since(now, *at) >= IMAGE_YOUTH)
+        .collect();
+    idle.sort_by_key(|(at, _)| *at);
+    for (_, image) in idle {
+        if fullness() < IMAGES_END {
+            break;
+        }
+        tracing::info!(image = image.id, bytes = image.size, "removing an image nobody uses");
+        shop.runtime.remove_image(&image.id).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,112 @@
+//! `/metrics` and `/healthz` over plain HTTP, on an address of the host's own.
+
+use std::{fmt::Write, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus_client::{encoding::text::encode, registry::Registry};
+use tokio::{net::TcpListener, sync::Semaphore};
+
+use crate::host::Host;
+
+/// Scrapers are few; whoever comes beyond waits.
+const CONNECTIONS: usize = 16;
+const PATIENCE: Duration = Duration::from_secs(10);
+
+pub async fn serve(listener: TcpListener, registry: Registry, host: Host) {
+    let registry = Arc::new(registry);
+    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok(permit) = room.clone().acquire_owned().await else {
+            return;
+        };
+        let Ok((stream, _)) = listener.accept().await else {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let (registry, host) = (registry.clone(), host.clone());
+        tokio::spawn(async move {
+            let answer = service_fn(move |request: Request<Incoming>| {
+                let response = respond(request.uri().path(), &registry, &host);
+                async move { Ok::<_, std::convert::Infallible>(response) }
+            });
+            let served = hyper::server::conn::http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(PATIENCE)
+                .serve_connection(TokioIo::new(stream), answer)
+                .await;
+            if let Err(error) = served {
+                tracing::debug!(error = %error, "a scrape broke off");
+            }
+            drop(permit);
+        });
+    }
+}
+
+fn respond(path: &str, registry: &Registry, host: &Host) -> Response<Full<Bytes>> {
+    let (status, kind, text) = match path {
+        "/healthz" => (StatusCode::OK, "text/plain", "ok".to_owned()),
+        "/metrics" => {
+            let mut text = own(host);
+            match encode(&mut text, registry) {
+                Ok(()) => (
+                    StatusCode::OK,
+                    "application/openmetrics-text; version=1.0.0; charset=utf-8",
+                    text,
+                ),
+                Err(_) => (
+                    StatusCode::INTERNAL_SERVER_ERROR,
+                    "text/plain",
+                    "the metrics could not be written".to_owned(),
+                ),
+            }
+        }
+        _ => (StatusCode::NOT_FOUND, "text/plain", "not found".to_owned()),
+    };
+    let mut response = Response::new(Full::new(Bytes::from(text)));
+    *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
+    response
+}
+
+/// Counted when they are asked for: the board and admission know.
+fn own(host: &Host) -> String {
+    use pool_agent_api::status::SandboxState;
+    let mut counts = [
+        ("preparing", SandboxState::Preparing, 0),
+        ("running", SandboxState::Running, 0),
+        ("stopping", SandboxState::Stopping, 0),
+        ("stopped", SandboxState::Stopped, 0),
+    ];
+    for (_, status) in host.board().all() {
+        for (_, state, count) in &mut counts {
+            *count += u64::from(*state == status.state);
+        }
+    }
+    let mut text = String::from(
+        "# HELP pool_agent_sandboxes Sandboxes on this host, by state.\n# TYPE pool_agent_sandboxes gauge\n",
+    );
+    let mut line = |name: &str, label: &str, value: u64| {
+        // Writing to a String cannot fail.
+        let _written = writeln!(text, "{name}{label} {value}").is_ok();
+    };
+    for (state, _, count) in counts {
+        line("pool_agent_sandboxes", &format!("{{state=\"{state}\"}}"), count);
+    }
+    for (of, resources) in [("capacity", host.capacity()), ("free", host.free())] {
+        line(&format!("pool_agent_{of}_cpu_millis"), "", resources.cpu_millis);
+        line(&format!("pool_agent_{of}_memory_bytes"), "", resources.memory_bytes);
+        line(
+            &format!("pool_agent_{of}_ephemeral_storage_bytes"),
+            "",
+            resources.ephemeral_storage_bytes,
+        );
+        line(&format!("pool_agent_{of}_sandboxes"), "", resources.sandboxes.into());
+    }
+    text
+}
