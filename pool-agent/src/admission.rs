@@ -183,7 +183,11 @@ impl Admission {
 
     pub fn admit(&mut self, spec: &Arc<SandboxSpec>) -> Result<Answer, Refusal> {
         let key = &spec.key;
-        let refuse = |reason, message: String, free| Refusal { reason, message, free };
+        let refuse = |reason, message: String, free| Refusal {
+            reason,
+            message,
+            free,
+        };
         let attempts = self.here.get(&key.pod);
         if let Some(here) = attempts.and_then(|a| a.get(&key.attempt)) {
             return match &here.spec {

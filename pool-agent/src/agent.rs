@@ -84,7 +84,12 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     private(&config.run_dir)?;
     private(&config.state_dir)?;
     let pem = tls::Pem::read(&config.tls)?;
-    let pool_tls = PoolTls::from_pem(&pem.certificate, &pem.key, &pem.ca, config.tls.trust_domain.clone())?;
+    let pool_tls = PoolTls::from_pem(
+        &pem.certificate,
+        &pem.key,
+        &pem.ca,
+        config.tls.trust_domain.clone(),
+    )?;
     let (ledger, contents) = Ledger::open(&layout.ledger())?;
     let clock = Clock::start();
     let board = Board::new(contents.generation);
@@ -133,7 +138,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     )
     .await?;
     tokio::spawn(cni::serve(cni, desk));
-    tokio::spawn(events::watch(runtime, config.name.clone(), Arc::new(host.clone())));
+    tokio::spawn(events::watch(
+        runtime,
+        config.name.clone(),
+        Arc::new(host.clone()),
+    ));
     tokio::spawn(housekeeping::record_statuses(host.clone()));
     tokio::spawn(housekeeping::rotate_logs(host.clone()));
     tokio::spawn(housekeeping::collect_images(host.clone()));
@@ -192,10 +201,18 @@ async fn wait_for(runtime: &Runtime) -> Result<String, CriError> {
 }
 
 fn facts(runtime_version: String) -> Facts {
-    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default().trim().to_owned();
+    let read = |path: &str| {
+        std::fs::read_to_string(path)
+            .unwrap_or_default()
+            .trim()
+            .to_owned()
+    };
     let os_image = read("/etc/os-release")
         .lines()
-        .find_map(|line| line.strip_prefix("PRETTY_NAME=").map(|n| n.trim_matches('"').to_owned()))
+        .find_map(|line| {
+            line.strip_prefix("PRETTY_NAME=")
+                .map(|n| n.trim_matches('"').to_owned())
+        })
         .unwrap_or_else(|| "Linux".into());
     Facts {
         boot_id: read("/proc/sys/kernel/random/boot_id"),
@@ -219,7 +236,9 @@ pub fn detect(state_dir: &Path) -> Resources {
     let disk = state_dir
         .ancestors()
         .find_map(|path| nix::sys::statvfs::statvfs(path).ok())
-        .map_or(0, |fs| u64::from(fs.blocks()).saturating_mul(u64::from(fs.fragment_size())));
+        .map_or(0, |fs| {
+            u64::from(fs.blocks()).saturating_mul(u64::from(fs.fragment_size()))
+        });
     Resources {
         cpu_millis: u64::try_from(cpus).unwrap_or(1).saturating_mul(1000),
         memory_bytes: memory_kib.saturating_mul(1024),

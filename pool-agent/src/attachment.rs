@@ -27,7 +27,9 @@ impl Mesh {
 
     /// Takes over what an earlier agent left in the tenant's router, or begins.
     pub async fn open_tenant(&self, tenant: &Tenant, router: &Router) -> Result<(), OpenTenantError> {
-        self.runtime.open_tenant(tenant, router.path(), ROUTER_UPLINK).await
+        self.runtime
+            .open_tenant(tenant, router.path(), ROUTER_UPLINK)
+            .await
     }
 
     /// Takes the mesh out of a tenant's router. Refused while pods are attached.

@@ -163,7 +163,12 @@ impl Board {
     /// The tenant's events from now on.
     pub fn events(&self, tenant: &TenantId) -> broadcast::Receiver<PodEvent> {
         let mut pages = self.pages();
-        pages.tenants.entry(tenant.clone()).or_default().events.subscribe()
+        pages
+            .tenants
+            .entry(tenant.clone())
+            .or_default()
+            .events
+            .subscribe()
     }
 
     fn pages(&self) -> MutexGuard<'_, Pages> {

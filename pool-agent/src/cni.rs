@@ -219,7 +219,10 @@ pub async fn serve(listener: UnixListener, desk: Desk) {
 async fn converse(mut stream: UnixStream, desk: &Desk) -> io::Result<()> {
     let peer = stream.peer_cred()?;
     if peer.uid() != 0 {
-        tracing::warn!(uid = peer.uid(), "a CNI request of somebody who is not root was refused");
+        tracing::warn!(
+            uid = peer.uid(),
+            "a CNI request of somebody who is not root was refused"
+        );
         return Ok(());
     }
     let mut bytes = vec![];
@@ -270,7 +273,8 @@ fn parse(bytes: &[u8]) -> Result<Request, Refusal> {
             format!("the request has more than {MAX_REQUEST} bytes"),
         ));
     }
-    serde_json::from_slice(bytes).map_err(|e| Refusal::new(code::DECODING, format!("the request does not read: {e}")))
+    serde_json::from_slice(bytes)
+        .map_err(|e| Refusal::new(code::DECODING, format!("the request does not read: {e}")))
 }
 
 fn version_of(config: &Value) -> String {
@@ -347,7 +351,11 @@ async fn add(request: Request, version: &str, desk: &Desk) -> Result<Value, Refu
     if request.ifname != crate::network::POD_DEVICE {
         return Err(Refusal::new(
             code::INVALID_ENVIRONMENT,
-            format!("CNI_IFNAME {:?} is not {}", request.ifname, crate::network::POD_DEVICE),
+            format!(
+                "CNI_IFNAME {:?} is not {}",
+                request.ifname,
+                crate::network::POD_DEVICE
+            ),
         ));
     }
     let uid = argument(&request.args, "K8S_POD_UID")

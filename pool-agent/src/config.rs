@@ -97,7 +97,11 @@ impl Config {
         Self::parse(path, &text, detected)
     }
 
-    fn parse(path: &Path, text: &str, detected: impl FnOnce(&Path) -> Resources) -> Result<Self, ConfigError> {
+    fn parse(
+        path: &Path,
+        text: &str,
+        detected: impl FnOnce(&Path) -> Resources,
+    ) -> Result<Self, ConfigError> {
         let file: File = toml::from_str(text).map_err(|source| ConfigError::Parse {
             path: path.to_owned(),
             source,

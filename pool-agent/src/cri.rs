@@ -54,10 +54,7 @@ pub enum CriError {
     #[error("{call} was not answered in {} s", limit.as_secs())]
     Timeout { call: &'static str, limit: Duration },
     #[error("{call} was answered without {field}")]
-    Incomplete {
-        call: &'static str,
-        field: &'static str,
-    },
+    Incomplete { call: &'static str, field: &'static str },
 }
 
 impl CriError {
@@ -137,14 +134,15 @@ impl Runtime {
     /// Connects on first use, and again whenever the runtime was restarted.
     pub fn at(socket: &Path) -> Self {
         let path = socket.to_owned();
-        let channel =
-            Endpoint::from_static("http://runtime").connect_with_connector_lazy(tower::service_fn(move |_| {
+        let channel = Endpoint::from_static("http://runtime").connect_with_connector_lazy(tower::service_fn(
+            move |_| {
                 let path = path.clone();
                 async move {
                     let stream = tokio::net::UnixStream::connect(path).await?;
                     Ok::<_, std::io::Error>(hyper_util::rt::TokioIo::new(stream))
                 }
-            }));
+            },
+        ));
         Self {
             runtime: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE),
             images: ImageServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE),
@@ -281,7 +279,9 @@ impl Runtime {
         let seconds = grace.as_secs() + u64::from(grace.subsec_nanos() > 0);
         let request = wire::StopContainerRequest {
             container_id: id.0.clone(),
-            timeout: i64::try_from(seconds).unwrap_or(i64::MAX / 1_000_000_000).min(i64::MAX / 1_000_000_000),
+            timeout: i64::try_from(seconds)
+                .unwrap_or(i64::MAX / 1_000_000_000)
+                .min(i64::MAX / 1_000_000_000),
         };
         let limit = grace.saturating_add(SLOW);
         absent_is_fine(within("StopContainer", limit, client.stop_container(request)).await)
@@ -310,7 +310,8 @@ impl Runtime {
             .filter_map(|item| {
                 Some(KnownContainer {
                     key: key_of(&item.labels)?,
-                    container: ContainerName::parse("label", item.labels.get(LABEL_CONTAINER)?.as_str()).ok()?,
+                    container: ContainerName::parse("label", item.labels.get(LABEL_CONTAINER)?.as_str())
+                        .ok()?,
                     restart: item.metadata.as_ref()?.attempt,
                     state: item.state(),
                     id: ContainerId(item.id),
@@ -393,7 +394,9 @@ impl Runtime {
             pod_sandbox_id: sandbox.0.clone(),
             port: ports.iter().map(|&p| p.into()).collect(),
         };
-        Ok(within("PortForward", QUICK, client.port_forward(request)).await?.url)
+        Ok(within("PortForward", QUICK, client.port_forward(request))
+            .await?
+            .url)
     }
 
     // ---- stats
@@ -401,9 +404,11 @@ impl Runtime {
     pub async fn container_stats(&self) -> Result<Vec<wire::ContainerStats>, CriError> {
         let mut client = self.runtime.clone();
         let request = wire::ListContainerStatsRequest::default();
-        Ok(within("ListContainerStats", QUICK, client.list_container_stats(request))
-            .await?
-            .stats)
+        Ok(
+            within("ListContainerStats", QUICK, client.list_container_stats(request))
+                .await?
+                .stats,
+        )
     }
 
     // ---- images
@@ -440,13 +445,17 @@ impl Runtime {
             auth,
             sandbox_config: Some(sandbox),
         };
-        Ok(within("PullImage", PULL, client.pull_image(request)).await?.image_ref)
+        Ok(within("PullImage", PULL, client.pull_image(request))
+            .await?
+            .image_ref)
     }
 
     pub async fn images(&self) -> Result<Vec<wire::Image>, CriError> {
         let mut client = self.images.clone();
         let request = wire::ListImagesRequest::default();
-        Ok(within("ListImages", QUICK, client.list_images(request)).await?.images)
+        Ok(within("ListImages", QUICK, client.list_images(request))
+            .await?
+            .images)
     }
 
     pub async fn remove_image(&self, id: &str) -> Result<(), CriError> {
@@ -454,7 +463,9 @@ impl Runtime {
         let request = wire::RemoveImageRequest {
             image: Some(image_spec(id, None)),
         };
-        within("RemoveImage", SLOW, client.remove_image(request)).await.map(drop)
+        within("RemoveImage", SLOW, client.remove_image(request))
+            .await
+            .map(drop)
     }
 
     /// Where images lie.
@@ -567,11 +578,13 @@ async fn within<T>(
 }
 
 fn answered<T>(call: &'static str, answer: Result<Response<T>, Status>) -> Result<T, CriError> {
-    answer.map(Response::into_inner).map_err(|status| CriError::Answer {
-        call,
-        code: status.code(),
-        message: status.message().to_owned(),
-    })
+    answer
+        .map(Response::into_inner)
+        .map_err(|status| CriError::Answer {
+            call,
+            code: status.code(),
+            message: status.message().to_owned(),
+        })
 }
 
 fn absent_is_fine<T>(answer: Result<T, CriError>) -> Result<(), CriError> {

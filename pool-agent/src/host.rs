@@ -212,7 +212,10 @@ impl Host {
             }
         }
         let opened = self.open_tenant(&tenant).await?;
-        self.inner.ledger.commit(vec![Record::Tenant(tenant.clone())]).await?;
+        self.inner
+            .ledger
+            .commit(vec![Record::Tenant(tenant.clone())])
+            .await?;
         self.state().tenants.insert(tenant.id.clone(), opened);
         tracing::info!(tenant = %tenant.id, pod_range = %tenant.pod_range, "tenant configured");
         Ok(())
@@ -332,7 +335,12 @@ impl Host {
     }
 
     /// Begins the graceful end, or hastens it.
-    pub async fn stop(&self, tenant: &TenantId, key: &SandboxKey, grace: Duration) -> Result<(), SandboxError> {
+    pub async fn stop(
+        &self,
+        tenant: &TenantId,
+        key: &SandboxKey,
+        grace: Duration,
+    ) -> Result<(), SandboxError> {
         let resident = self.resident(tenant, key)?;
         let by = after(self.inner.shop.clock.now(), grace);
         // An agent that starts again in the middle goes on stopping.
@@ -430,7 +438,10 @@ impl Host {
     }
 
     /// Gives a sandbox its driver; `older` has to end first.
-    #[expect(clippy::too_many_arguments, reason = "it is where the parts of a sandbox come together")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "it is where the parts of a sandbox come together"
+    )]
     fn spawn(
         &self,
         lifecycle: Lifecycle,
@@ -487,9 +498,7 @@ impl Host {
         );
         let this = self.clone();
         let (key, tenant) = (spec.key.clone(), spec.tenant.clone());
-        tokio::spawn(
-            async move { this.see_off(key, tenant, progress, ends.ended).await }.instrument(span),
-        );
+        tokio::spawn(async move { this.see_off(key, tenant, progress, ends.ended).await }.instrument(span));
     }
 
     /// Follows a sandbox to its end, and gives back what it held.

@@ -112,7 +112,11 @@ async fn collect_once(
         .collect();
     let in_use = |image: &crate::cri::wire::Image| {
         used.contains(&image.id)
-            || image.repo_tags.iter().chain(&image.repo_digests).any(|name| used.contains(name))
+            || image
+                .repo_tags
+                .iter()
+                .chain(&image.repo_digests)
+                .any(|name| used.contains(name))
     };
     last_used.retain(|id, _| images.iter().any(|image| image.id == *id));
     for image in &images {
@@ -144,7 +148,11 @@ async fn collect_once(
         if fullness() < IMAGES_END {
             break;
         }
-        tracing::info!(image = image.id, bytes = image.size, "removing an image nobody uses");
+        tracing::info!(
+            image = image.id,
+            bytes = image.size,
+            "removing an image nobody uses"
+        );
         shop.runtime.remove_image(&image.id).await?;
     }
     Ok(())

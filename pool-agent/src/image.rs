@@ -33,7 +33,10 @@ impl Reference {
         if name.is_empty() || name.len() > 512 {
             return Err(refuse("it must have 1 to 512 characters"));
         }
-        if name.bytes().any(|c| c.is_ascii_whitespace() || c.is_ascii_control()) {
+        if name
+            .bytes()
+            .any(|c| c.is_ascii_whitespace() || c.is_ascii_control())
+        {
             return Err(refuse("it holds a space"));
         }
         let (rest, digest) = match name.split_once('@') {
@@ -54,7 +57,11 @@ impl Reference {
         };
         if let Some(tag) = tag {
             let character = |c: u8| c.is_ascii_alphanumeric() || b"_.-".contains(&c);
-            if tag.is_empty() || tag.len() > 128 || !tag.bytes().all(character) || b".-".contains(&tag.as_bytes()[0]) {
+            if tag.is_empty()
+                || tag.len() > 128
+                || !tag.bytes().all(character)
+                || b".-".contains(&tag.as_bytes()[0])
+            {
                 return Err(refuse("its tag is not a word of at most 128 characters"));
             }
         }
@@ -73,7 +80,9 @@ impl Reference {
                 && bytes.iter().all(|&c| edge(c) || b"._-".contains(&c))
         };
         if !path.split('/').all(component) {
-            return Err(refuse("its parts must be of lower-case letters, digits, '.', '_' and '-'"));
+            return Err(refuse(
+                "its parts must be of lower-case letters, digits, '.', '_' and '-'",
+            ));
         }
         Ok(Self {
             registry,
@@ -112,7 +121,10 @@ impl Reference {
         }
         let below = path.is_empty()
             || self.path == path
-            || self.path.strip_prefix(path).is_some_and(|rest| rest.starts_with('/'));
+            || self
+                .path
+                .strip_prefix(path)
+                .is_some_and(|rest| rest.starts_with('/'));
         below.then_some(path.len())
     }
 }
@@ -168,7 +180,11 @@ mod tests {
         ] {
             let reference = Reference::parse(name).unwrap();
             assert_eq!(
-                (reference.registry.as_str(), reference.path.as_str(), reference.tag.as_deref()),
+                (
+                    reference.registry.as_str(),
+                    reference.path.as_str(),
+                    reference.tag.as_deref()
+                ),
                 (registry, path, tag),
                 "{name}"
             );
@@ -179,7 +195,19 @@ mod tests {
 
     #[test]
     fn a_reference_no_registry_can_have_is_refused() {
-        for name in ["", "UPPER", "a b", "a:", "a:b:c", "a@sha256:xyz", "a//b", "/a", "a/", "a:-x", "-a"] {
+        for name in [
+            "",
+            "UPPER",
+            "a b",
+            "a:",
+            "a:b:c",
+            "a@sha256:xyz",
+            "a//b",
+            "/a",
+            "a/",
+            "a:-x",
+            "-a",
+        ] {
             assert!(Reference::parse(name).is_err(), "{name:?}");
         }
     }
@@ -208,7 +236,10 @@ mod tests {
             ("127.0.0.1:5000/app", Some("127.0.0.1:5000")),
             ("127.0.0.1:5001/app", None),
         ] {
-            let found = Reference::parse(image).unwrap().credential(&all).map(|c| c.registry.as_str());
+            let found = Reference::parse(image)
+                .unwrap()
+                .credential(&all)
+                .map(|c| c.registry.as_str());
             assert_eq!(found, registry, "{image}");
         }
     }

@@ -20,7 +20,9 @@ use std::{
 };
 
 use jiff::Timestamp;
-use pool_agent_api::{Attempt, Invalid, Namespace, PodName, PodUid, Resources, SandboxKey, Tenant, TenantId, wire};
+use pool_agent_api::{
+    Attempt, Invalid, Namespace, PodName, PodUid, Resources, SandboxKey, Tenant, TenantId, wire,
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::{mpsc, oneshot};
@@ -415,7 +417,8 @@ impl Contents {
                 self.tenants.insert(tenant.id.clone(), tenant);
             }
             Stored::LastAddress { tenant, address } => {
-                self.last_address.insert(TenantId::parse("tenant", tenant)?, address);
+                self.last_address
+                    .insert(TenantId::parse("tenant", tenant)?, address);
             }
             Stored::Admitted {
                 uid,

@@ -100,13 +100,21 @@ fn own(host: &Host) -> String {
     }
     for (of, resources) in [("capacity", host.capacity()), ("free", host.free())] {
         line(&format!("pool_agent_{of}_cpu_millis"), "", resources.cpu_millis);
-        line(&format!("pool_agent_{of}_memory_bytes"), "", resources.memory_bytes);
+        line(
+            &format!("pool_agent_{of}_memory_bytes"),
+            "",
+            resources.memory_bytes,
+        );
         line(
             &format!("pool_agent_{of}_ephemeral_storage_bytes"),
             "",
             resources.ephemeral_storage_bytes,
         );
-        line(&format!("pool_agent_{of}_sandboxes"), "", resources.sandboxes.into());
+        line(
+            &format!("pool_agent_{of}_sandboxes"),
+            "",
+            resources.sandboxes.into(),
+        );
     }
     text
 }

@@ -144,7 +144,11 @@ impl Router {
         self.netlink()
             .add_pair((&name, GATEWAY_MAC), (POD_DEVICE, mac), &file, self.mtu())
             .await?;
-        netlink::set_within(&pod_netns, &format!("net/ipv6/conf/{POD_DEVICE}/disable_ipv6"), "1")?;
+        netlink::set_within(
+            &pod_netns,
+            &format!("net/ipv6/conf/{POD_DEVICE}/disable_ipv6"),
+            "1",
+        )?;
         if let Some(lo) = pod.find("lo").await? {
             pod.raise(lo.index).await?;
         }
@@ -190,7 +194,11 @@ impl Router {
     }
 
     /// The device of a pod that an earlier agent connected, if it is still there.
-    pub async fn adopt(&self, key: &SandboxKey, address: Ipv4Addr) -> Result<Option<PodDevice>, NetworkError> {
+    pub async fn adopt(
+        &self,
+        key: &SandboxKey,
+        address: Ipv4Addr,
+    ) -> Result<Option<PodDevice>, NetworkError> {
         let name = device_name(key);
         Ok(self.netlink().find(&name).await?.map(|link| PodDevice {
             name,

@@ -71,15 +71,13 @@ impl Prober {
         let work = async {
             match &probe.action {
                 Action::Exec { command } => self.exec(command, limit).await,
-                Action::Http(action) => dial::http(&self.netns, self.address, action, "kube-probe/1.37").await,
-                Action::Tcp { host, port } => {
-                    dial::tcp(&self.netns, self.address, host.as_deref(), *port)
-                        .await
-                        .map(drop)
+                Action::Http(action) => {
+                    dial::http(&self.netns, self.address, action, "kube-probe/1.37").await
                 }
-                Action::Grpc { port, service } => {
-                    dial::grpc(&self.netns, self.address, *port, service).await
-                }
+                Action::Tcp { host, port } => dial::tcp(&self.netns, self.address, host.as_deref(), *port)
+                    .await
+                    .map(drop),
+                Action::Grpc { port, service } => dial::grpc(&self.netns, self.address, *port, service).await,
             }
         };
         // A little more than the runtime gives a command, whose own limit says it better.

@@ -291,9 +291,12 @@ pub(crate) fn write_file(path: &Path, content: &[u8], mode: u32) -> Result<(), V
 }
 
 pub(super) fn group(number: i64) -> io::Result<Gid> {
-    u32::try_from(number)
-        .map(Gid::from_raw)
-        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "a group is a number from 0 to 4294967295"))
+    u32::try_from(number).map(Gid::from_raw).map_err(|_| {
+        io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "a group is a number from 0 to 4294967295",
+        )
+    })
 }
 
 pub(super) fn change_group(path: &Path, number: i64) -> Result<(), VolumeError> {

@@ -118,7 +118,10 @@ fn ask(socket: &str, request: &[u8]) -> io::Result<Vec<u8>> {
 }
 
 /// The protocol is in the environment; this program has no other configuration.
-#[expect(clippy::disallowed_methods, reason = "CNI passes its arguments in the environment")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "CNI passes its arguments in the environment"
+)]
 fn variable(name: &str) -> String {
     env::var(name).unwrap_or_default()
 }

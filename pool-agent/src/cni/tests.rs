@@ -19,7 +19,10 @@ async fn a_pod_nobody_starts_is_refused_by_name() {
     let reply = answer(&request("ADD", ARGS), &Desk::default()).await;
     assert!(!reply.ok);
     let message = reply.output["msg"].as_str().unwrap();
-    assert!(message.contains("shop/web-0") && message.contains("u-1"), "{message}");
+    assert!(
+        message.contains("shop/web-0") && message.contains("u-1"),
+        "{message}"
+    );
 }
 
 #[tokio::test]
@@ -28,7 +31,10 @@ async fn an_expected_pod_gets_what_its_driver_answers() {
     let mut expectation = desk.expect(&"u-1".parse().unwrap());
     let driver = tokio::spawn(async move {
         let add = expectation.next().await.unwrap();
-        assert_eq!((add.sandbox.as_str(), add.netns.to_str()), ("c1", Some("/run/netns/x")));
+        assert_eq!(
+            (add.sandbox.as_str(), add.netns.to_str()),
+            ("c1", Some("/run/netns/x"))
+        );
         let joined = Joined {
             address: "10.77.1.2".parse().unwrap(),
             gateway: "169.254.1.1".parse().unwrap(),
@@ -42,7 +48,10 @@ async fn an_expected_pod_gets_what_its_driver_answers() {
     assert!(reply.ok);
     assert_eq!(reply.output["ips"][0]["address"], "10.77.1.2/32");
     assert_eq!(reply.output["interfaces"][0]["mac"], "02:00:0a:4d:01:02");
-    assert!(desk.of(&"u-1".parse().unwrap()).is_none(), "the expectation has ended");
+    assert!(
+        desk.of(&"u-1".parse().unwrap()).is_none(),
+        "the expectation has ended"
+    );
 }
 
 #[tokio::test]
@@ -67,7 +76,10 @@ async fn garbage_is_answered_with_an_error_of_the_specification() {
         (request("ADD", "K8S_POD_UID=../x"), code::INVALID_ENVIRONMENT),
     ] {
         let reply = answer(&bytes, &desk).await;
-        assert_eq!((reply.ok, reply.output["code"].as_u64()), (false, Some(code.into())));
+        assert_eq!(
+            (reply.ok, reply.output["code"].as_u64()),
+            (false, Some(code.into()))
+        );
     }
 }
 

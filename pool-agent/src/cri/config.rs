@@ -8,7 +8,9 @@ use pool_agent_api::{
     spec::{Container, ContainerResources, SeccompProfile},
 };
 
-use super::{LABEL_ATTEMPT, LABEL_CONTAINER, LABEL_HOST, LABEL_POD_NAME, LABEL_POD_NAMESPACE, LABEL_POD_UID, wire};
+use super::{
+    LABEL_ATTEMPT, LABEL_CONTAINER, LABEL_HOST, LABEL_POD_NAME, LABEL_POD_NAMESPACE, LABEL_POD_UID, wire,
+};
 use crate::layout::SandboxDirs;
 
 /// What of /proc and /sys a container may not read or write. As a kubelet asks for
@@ -28,7 +30,13 @@ const MASKED_PATHS: [&str; 13] = [
     "/sys/devices/virtual/powercap",
     "/sys/dev/block",
 ];
-const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+const READONLY_PATHS: [&str; 5] = [
+    "/proc/bus",
+    "/proc/fs",
+    "/proc/irq",
+    "/proc/sys",
+    "/proc/sysrq-trigger",
+];
 
 /// The period CPU limits are counted in, in microseconds.
 const CPU_PERIOD: u64 = 100_000;
@@ -261,7 +269,9 @@ pub fn container(
 
 /// `SIGTERM` and its like, as the wire numbers them; None for a name it has not.
 pub fn stop_signal(name: &str) -> Option<wire::Signal> {
-    let wire_name = name.replace("RTMIN+", "RTMINPLUS").replace("RTMAX-", "RTMAXMINUS");
+    let wire_name = name
+        .replace("RTMIN+", "RTMINPLUS")
+        .replace("RTMAX-", "RTMAXMINUS");
     wire::Signal::from_str_name(&format!("SIGNAL_{wire_name}"))
 }
 

@@ -34,7 +34,10 @@ pub trait Believers: Send + Sync + 'static {
 pub async fn watch(runtime: Runtime, host: HostName, believers: Arc<impl Believers>) {
     loop {
         if let Err(status) = follow(&runtime, &host, &*believers).await {
-            tracing::warn!(error = status.message(), "the runtime's events cannot be followed");
+            tracing::warn!(
+                error = status.message(),
+                "the runtime's events cannot be followed"
+            );
         }
         tokio::time::sleep(RELIST_ALONE).await;
     }

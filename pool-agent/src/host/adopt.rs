@@ -187,9 +187,13 @@ impl Host {
         let (resident, ends) = resident(&entry.tenant);
         ends.durable.send_replace(Some(true));
         let mut state = self.state();
-        state
-            .admission
-            .restore(&entry.key, &entry.tenant, spec.clone(), entry.claim, entry.address);
+        state.admission.restore(
+            &entry.key,
+            &entry.tenant,
+            spec.clone(),
+            entry.claim,
+            entry.address,
+        );
         // One that was being superseded still has to end first.
         let older = state
             .residents
@@ -227,7 +231,9 @@ impl Host {
         let now = self.inner.shop.clock.now();
         let lifecycle = Lifecycle::adopt(spec.clone(), heir.entry.accepted_at, found, now);
         let address = heir.entry.address;
-        self.spawn(lifecycle, &spec, address, &tenant, hands, mesh, heir.ends, heir.older);
+        self.spawn(
+            lifecycle, &spec, address, &tenant, hands, mesh, heir.ends, heir.older,
+        );
     }
 
     async fn find(
@@ -376,7 +382,11 @@ async fn everything(shop: &Workshop) -> Result<HashMap<SandboxKey, There>, CriEr
     let (sandboxes, containers) = tokio::try_join!(shop.runtime.sandboxes(of), shop.runtime.containers(of))?;
     let mut there: HashMap<SandboxKey, There> = HashMap::new();
     for sandbox in sandboxes {
-        there.entry(sandbox.key.clone()).or_default().sandboxes.push(sandbox);
+        there
+            .entry(sandbox.key.clone())
+            .or_default()
+            .sandboxes
+            .push(sandbox);
     }
     for container in containers {
         there

@@ -100,7 +100,10 @@ mod tests {
             let mut flipped = whole.clone();
             flipped[at] ^= 1;
             std::fs::write(dirs.spec(), flipped).unwrap();
-            assert!(matches!(read_spec(&dirs), Err(SpecFileError::Damaged { .. })), "flipped {at}");
+            assert!(
+                matches!(read_spec(&dirs), Err(SpecFileError::Damaged { .. })),
+                "flipped {at}"
+            );
         }
     }
 }

@@ -89,7 +89,10 @@ impl Router {
         ] {
             set_within(&netns, setting, value)?;
         }
-        if netns.enter(|| Ok(Path::new("/proc/sys/net/ipv6").exists())).unwrap_or(false) {
+        if netns
+            .enter(|| Ok(Path::new("/proc/sys/net/ipv6").exists()))
+            .unwrap_or(false)
+        {
             set_within(&netns, "net/ipv6/conf/default/disable_ipv6", "1")?;
             set_within(&netns, "net/ipv6/conf/all/disable_ipv6", "1")?;
         }
@@ -105,8 +108,13 @@ impl Router {
             host.delete(&outside).await?;
             netlink.delete(ROUTER_UPLINK).await?;
             let file = File::open(&path).map_err(in_namespace)?;
-            host.add_pair((&outside, HOST_MAC), (ROUTER_UPLINK, ROUTER_MAC), &file, network.mtu)
-                .await?;
+            host.add_pair(
+                (&outside, HOST_MAC),
+                (ROUTER_UPLINK, ROUTER_MAC),
+                &file,
+                network.mtu,
+            )
+            .await?;
         }
         let inside = required(&netlink, ROUTER_UPLINK).await?;
         // On this device: the mesh takes what comes from here for the host's own.

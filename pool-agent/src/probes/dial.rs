@@ -163,7 +163,10 @@ where
         .and_then(|l| l.to_str().ok())
         .map(str::to_owned);
     // Read so that the server sees its answer taken; a longer one is cut off.
-    let _taken = Limited::new(response.into_body(), MAX_BODY).collect().await.is_ok();
+    let _taken = Limited::new(response.into_body(), MAX_BODY)
+        .collect()
+        .await
+        .is_ok();
     Ok((status, location))
 }
 
@@ -208,8 +211,8 @@ fn unverified() -> Arc<ClientConfig> {
     }
 
     let provider = aws_lc_rs::default_provider();
-    let builder = ClientConfig::builder_with_provider(Arc::new(provider.clone()))
-        .with_safe_default_protocol_versions();
+    let builder =
+        ClientConfig::builder_with_provider(Arc::new(provider.clone())).with_safe_default_protocol_versions();
     // The provider's own versions always fit it.
     let builder = match builder {
         Ok(builder) => builder,
@@ -247,6 +250,9 @@ pub(super) async fn grpc(netns: &Netns, pod: IpAddr, port: u16, service: &str) -
         .into_inner();
     match answer.status() {
         ServingStatus::Serving => Ok(()),
-        other => Err(format!("service unhealthy (responded with {:?})", other.as_str_name())),
+        other => Err(format!(
+            "service unhealthy (responded with {:?})",
+            other.as_str_name()
+        )),
     }
 }

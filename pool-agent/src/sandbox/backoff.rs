@@ -9,21 +9,21 @@ use jiff::Timestamp;
 use super::clock::{after, since};
 
 /// The first delay.
-pub const BASE: Duration = Duration::from_secs(10);
+pub(super) const BASE: Duration = Duration::from_secs(10);
 /// Where the doubling ends.
-pub const LIMIT: Duration = Duration::from_secs(300);
+pub(super) const LIMIT: Duration = Duration::from_secs(300);
 /// A failure this long after the last one counts as the first.
-pub const FORGIVEN_AFTER: Duration = Duration::from_secs(600);
+pub(super) const FORGIVEN_AFTER: Duration = Duration::from_secs(600);
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Backoff {
+pub(super) struct Backoff {
     /// The delay to wait after the next failure, and when it was set.
     set: Option<(Duration, Timestamp)>,
 }
 
 impl Backoff {
     /// As it stands after `restarts` of which the last was at `at`.
-    pub fn resumed(restarts: u32, at: Timestamp) -> Self {
+    pub(super) fn resumed(restarts: u32, at: Timestamp) -> Self {
         if restarts == 0 {
             return Self::default();
         }
@@ -34,7 +34,7 @@ impl Backoff {
     }
 
     /// The delay that a failure at `failed` calls for; zero for the first.
-    pub fn delay(&self, failed: Timestamp) -> Duration {
+    pub(super) fn delay(&self, failed: Timestamp) -> Duration {
         match self.set {
             Some((delay, at)) if since(failed, at) <= FORGIVEN_AFTER => delay,
             _ => Duration::ZERO,
@@ -42,12 +42,12 @@ impl Backoff {
     }
 
     /// When to try again after a failure at `failed`.
-    pub fn until(&self, failed: Timestamp) -> Timestamp {
+    pub(super) fn until(&self, failed: Timestamp) -> Timestamp {
         after(failed, self.delay(failed))
     }
 
     /// Notes at `now` that it is tried again after a failure at `failed`.
-    pub fn advance(&mut self, failed: Timestamp, now: Timestamp) {
+    pub(super) fn advance(&mut self, failed: Timestamp, now: Timestamp) {
         let delay = match self.delay(failed) {
             Duration::ZERO => BASE,
             delay => delay.saturating_mul(2).min(LIMIT),

@@ -55,6 +55,9 @@ mod tests {
         let now = Timestamp::from_second(1_700_000_000).unwrap();
         assert_eq!(after(now, Duration::from_secs(u64::MAX)), Timestamp::MAX);
         assert_eq!(since(now, Timestamp::MAX), Duration::ZERO);
-        assert_eq!(since(after(now, Duration::from_secs(3)), now), Duration::from_secs(3));
+        assert_eq!(
+            since(after(now, Duration::from_secs(3)), now),
+            Duration::from_secs(3)
+        );
     }
 }

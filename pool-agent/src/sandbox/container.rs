@@ -96,9 +96,14 @@ pub(super) enum StopPhase {
     /// A sidecar whose containers still run.
     Waiting,
     /// The runtime has been asked, to kill at the named time.
-    Signalled { kill_at: Timestamp, answered: bool },
+    Signalled {
+        kill_at: Timestamp,
+        answered: bool,
+    },
     /// The runtime did not answer; asked again then.
-    Retry { at: Timestamp },
+    Retry {
+        at: Timestamp,
+    },
 }
 
 impl Container {

@@ -20,9 +20,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{
     Lifecycle,
     clock::Clock,
-    event::{
-        Announcement, ContainerId, Effect, Event, ProbeKind, SandboxId, Slot, StartFailure, Trouble,
-    },
+    event::{Announcement, ContainerId, Effect, Event, ProbeKind, SandboxId, Slot, StartFailure, Trouble},
     status::Addressing,
 };
 use crate::{board::Board, cri::events::Sign};
@@ -180,7 +178,10 @@ fn broke_off(effect: Effect) -> Vec<Event> {
         Effect::CheckImage(slot) => vec![Event::ImageChecked(slot, Err(trouble()))],
         Effect::PullImage(slot) => vec![Event::ImagePulled(slot, Err(trouble()))],
         Effect::StartContainer { slot, .. } => {
-            vec![Event::ContainerStarted(slot, Err(StartFailure::NotCreated(trouble())))]
+            vec![Event::ContainerStarted(
+                slot,
+                Err(StartFailure::NotCreated(trouble())),
+            )]
         }
         Effect::RunHook { slot, id, kind, .. } => {
             vec![Event::HookRan(slot, id, kind, Err(trouble().message))]
@@ -202,7 +203,10 @@ fn look_into<P: Perform>(
 ) {
     match sign {
         Sign::Ended(id) => {
-            let slot = lifecycle.running().find(|(_, run)| **run == id).map(|(slot, _)| slot);
+            let slot = lifecycle
+                .running()
+                .find(|(_, run)| **run == id)
+                .map(|(slot, _)| slot);
             if let Some(slot) = slot {
                 let hands = hands.clone();
                 work.spawn(async move { hands.inspect(slot, id).await.into_iter().collect() });
@@ -228,7 +232,8 @@ impl Outlet {
         };
         // The status first: who waits for the progress may then read it.
         if !progress.gone {
-            self.board.publish(&self.tenant, lifecycle.status(&self.addressing));
+            self.board
+                .publish(&self.tenant, lifecycle.status(&self.addressing));
         }
         self.progress.send_if_modified(|known| {
             let changed = *known != progress;

@@ -834,13 +834,7 @@ impl Lifecycle {
         }
     }
 
-    fn stop_answered(
-        &mut self,
-        slot: Slot,
-        id: &ContainerId,
-        result: Result<(), Trouble>,
-        now: Timestamp,
-    ) {
+    fn stop_answered(&mut self, slot: Slot, id: &ContainerId, result: Result<(), Trouble>, now: Timestamp) {
         if let Some(running) = self.current(slot, id)
             && let Some(stopping) = &mut running.stopping
             && let StopPhase::Signalled { answered, .. } = &mut stopping.phase
@@ -908,7 +902,8 @@ impl Lifecycle {
                 self.kill(slot, stop.clone(), now, effects);
             }
         }
-        let busy = matches!(self.sandbox, Step::InFlight { .. }) || matches!(self.volumes, Step::InFlight { .. });
+        let busy =
+            matches!(self.sandbox, Step::InFlight { .. }) || matches!(self.volumes, Step::InFlight { .. });
         if busy || self.containers.iter().any(Container::alive) {
             return;
         }
@@ -1006,12 +1001,10 @@ impl Lifecycle {
         if !self.container_spec(slot).restartable_init {
             return true;
         }
-        !self
-            .slots()
-            .any(|(other, spec)| {
-                let later = other.0 >= self.init_count() || (spec.restartable_init && other > slot);
-                later && self.containers[other.0].alive()
-            })
+        !self.slots().any(|(other, spec)| {
+            let later = other.0 >= self.init_count() || (spec.restartable_init && other > slot);
+            later && self.containers[other.0].alive()
+        })
     }
 
     // ---- small questions

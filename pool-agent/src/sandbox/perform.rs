@@ -251,9 +251,18 @@ impl Hands {
         match what {
             Teardown::Sandbox => {
                 let failed = |e: CriError| Trouble::new("FailedKillPod", e);
-                let all = self.shop.runtime.sandboxes(Labels::Of(self.key())).await.map_err(failed)?;
+                let all = self
+                    .shop
+                    .runtime
+                    .sandboxes(Labels::Of(self.key()))
+                    .await
+                    .map_err(failed)?;
                 for sandbox in all {
-                    self.shop.runtime.stop_sandbox(&sandbox.id).await.map_err(failed)?;
+                    self.shop
+                        .runtime
+                        .stop_sandbox(&sandbox.id)
+                        .await
+                        .map_err(failed)?;
                 }
                 Ok(())
             }
@@ -449,7 +458,10 @@ impl Hands {
             return end;
         };
         let message = self.dirs.message(&container.name, restart);
-        let log = self.dirs.logs().join(SandboxDirs::log_name(&container.name, restart));
+        let log = self
+            .dirs
+            .logs()
+            .join(SandboxDirs::log_name(&container.name, restart));
         let from_log = container.termination_message.fallback_to_logs && end.exit_code != 0;
         let words = blocking(move || {
             let words = last_words(&message);
@@ -459,7 +471,10 @@ impl Hands {
             words
         });
         match words.await {
-            Ok(words) if !words.is_empty() => Terminated { message: words, ..end },
+            Ok(words) if !words.is_empty() => Terminated {
+                message: words,
+                ..end
+            },
             _ => end,
         }
     }
@@ -500,7 +515,9 @@ impl Hands {
                         Err(format!("command exited with {}", output.exit_code))
                     }
                 }
-                Hook::Http(action) => probes::http_hook(self.router.netns(), self.address.into(), action).await,
+                Hook::Http(action) => {
+                    probes::http_hook(self.router.netns(), self.address.into(), action).await
+                }
                 Hook::Tcp { host, port } => {
                     probes::tcp_hook(self.router.netns(), self.address.into(), host.as_deref(), *port).await
                 }
@@ -526,17 +543,15 @@ impl Perform for Hands {
                 slot,
                 sandbox,
                 restart,
-            } => {
-                match self.start_container(slot, &sandbox, restart).await {
-                    Ok((started, end)) => {
-                        let id = started.id.clone();
-                        let mut events = vec![Event::ContainerStarted(slot, Ok(started))];
-                        events.extend(end.map(|end| Event::ContainerExited(slot, id, end)));
-                        events
-                    }
-                    Err(failure) => vec![Event::ContainerStarted(slot, Err(failure))],
+            } => match self.start_container(slot, &sandbox, restart).await {
+                Ok((started, end)) => {
+                    let id = started.id.clone();
+                    let mut events = vec![Event::ContainerStarted(slot, Ok(started))];
+                    events.extend(end.map(|end| Event::ContainerExited(slot, id, end)));
+                    events
                 }
-            }
+                Err(failure) => vec![Event::ContainerStarted(slot, Err(failure))],
+            },
             Effect::RunHook {
                 slot,
                 id,
@@ -564,7 +579,10 @@ impl Perform for Hands {
                     tracing::warn!(error = %error, "a dead container stays until its sandbox goes");
                 }
                 if let Some(container) = self.container(slot) {
-                    let log = self.dirs.logs().join(SandboxDirs::log_name(&container.name, restart));
+                    let log = self
+                        .dirs
+                        .logs()
+                        .join(SandboxDirs::log_name(&container.name, restart));
                     let message = self.dirs.message(&container.name, restart);
                     let removal = blocking(move || {
                         logs::remove(&log);

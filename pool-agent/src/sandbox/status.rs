@@ -134,11 +134,16 @@ impl Lifecycle {
     /// Why a container that has no run has none.
     fn not_yet(&self, slot: Slot, container: &Container) -> ContainerState {
         let (reason, message) = match &container.image {
-            Image::Failed { trouble, .. } if container.announced_backoff && trouble.reason == "ErrImagePull" => {
+            Image::Failed { trouble, .. }
+                if container.announced_backoff && trouble.reason == "ErrImagePull" =>
+            {
                 let image = &self.container_spec(slot).image;
                 (
                     "ImagePullBackOff",
-                    format!("Back-off pulling image \"{image}\": ErrImagePull: {}", trouble.message),
+                    format!(
+                        "Back-off pulling image \"{image}\": ErrImagePull: {}",
+                        trouble.message
+                    ),
                 )
             }
             Image::Failed {

@@ -42,26 +42,32 @@ pub(super) fn start(
     let log_of = |restart| directory.join(SandboxDirs::log_name(&container.name, restart));
     let newest = container.restart_count;
     let restart = if message.previous {
-        newest.checked_sub(1).filter(|&r| log_of(r).exists()).ok_or_else(|| {
-            Status::not_found(format!(
-                "previous terminated container {:?} in pod {:?} not found",
-                message.container, status.name
-            ))
-        })?
+        newest
+            .checked_sub(1)
+            .filter(|&r| log_of(r).exists())
+            .ok_or_else(|| {
+                Status::not_found(format!(
+                    "previous terminated container {:?} in pod {:?} not found",
+                    message.container, status.name
+                ))
+            })?
     } else if log_of(newest).exists() {
         newest
     } else {
         // Being started again: the log of the run before it is what there is.
-        newest.checked_sub(1).filter(|&r| log_of(r).exists()).ok_or_else(|| {
-            let reason = match &container.state {
-                ContainerState::Waiting { reason, .. } => reason.as_str(),
-                _ => "ContainerCreating",
-            };
-            Status::failed_precondition(format!(
-                "container {:?} in pod {:?} is waiting to start: {reason}",
-                message.container, status.name
-            ))
-        })?
+        newest
+            .checked_sub(1)
+            .filter(|&r| log_of(r).exists())
+            .ok_or_else(|| {
+                let reason = match &container.state {
+                    ContainerState::Waiting { reason, .. } => reason.as_str(),
+                    _ => "ContainerCreating",
+                };
+                Status::failed_precondition(format!(
+                    "container {:?} in pod {:?} is waiting to start: {reason}",
+                    message.container, status.name
+                ))
+            })?
     };
     let request = Request {
         follow: message.follow && !message.previous,
@@ -74,15 +80,11 @@ pub(super) fn start(
     let (board, tenant, name) = (host.board().clone(), caller.clone(), container.name.clone());
     let running = move || {
         board.status(&tenant, &key).is_some_and(|status| {
-            status
-                .init_containers
-                .iter()
-                .chain(&status.containers)
-                .any(|c| {
-                    c.name == name
-                        && c.restart_count == restart
-                        && matches!(c.state, ContainerState::Running { .. })
-                })
+            status.init_containers.iter().chain(&status.containers).any(|c| {
+                c.name == name
+                    && c.restart_count == restart
+                    && matches!(c.state, ContainerState::Running { .. })
+            })
         })
     };
     let (sender, blocks) = mpsc::channel(IN_FLIGHT);

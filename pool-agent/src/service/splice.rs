@@ -87,7 +87,9 @@ async fn url(host: &Host, caller: &TenantId, open: &wire::SpliceOpen) -> Result<
                 .find(|c| c.name.as_str() == name)
         });
         match container {
-            None => Err(Status::not_found(format!("container {name:?} is not in sandbox {key}"))),
+            None => Err(Status::not_found(format!(
+                "container {name:?} is not in sandbox {key}"
+            ))),
             Some(c) if matches!(c.state, ContainerState::Running { .. }) => Ok(c
                 .container_id
                 .strip_prefix("containerd://")
@@ -181,9 +183,12 @@ async fn splice(
     input: Streaming<wire::SpliceFrame>,
     output: &Output,
 ) -> Result<(), Status> {
-    let unavailable = |e: &dyn std::fmt::Display| Status::unavailable(format!("the runtime's streaming server: {e}"));
+    let unavailable =
+        |e: &dyn std::fmt::Display| Status::unavailable(format!("the runtime's streaming server: {e}"));
     let (Some(address), Some(port)) = (url.host(), url.port_u16()) else {
-        return Err(Status::internal("the runtime named a URL without a host or a port"));
+        return Err(Status::internal(
+            "the runtime named a URL without a host or a port",
+        ));
     };
     let address = address.trim_start_matches('[').trim_end_matches(']');
     let answer = tokio::time::timeout(PATIENCE, async {
@@ -229,13 +234,17 @@ async fn splice(
         }
         return Ok(());
     }
-    let connection = hyper::upgrade::on(&mut answer).await.map_err(|e| unavailable(&e))?;
+    let connection = hyper::upgrade::on(&mut answer)
+        .await
+        .map_err(|e| unavailable(&e))?;
     let (mut from_runtime, mut to_runtime) = tokio::io::split(TokioIo::new(connection));
     let upstream = async {
         let mut input = input;
         while let Some(frame) = input.message().await? {
             match frame.frame {
-                Some(Frame::Data(bytes)) => to_runtime.write_all(&bytes).await.map_err(|e| unavailable(&e))?,
+                Some(Frame::Data(bytes)) => {
+                    to_runtime.write_all(&bytes).await.map_err(|e| unavailable(&e))?
+                }
                 _ => return Err(Invalid::new("frame", "must be `data` after `open`").into()),
             }
         }
@@ -244,7 +253,10 @@ async fn splice(
     let downstream = async {
         let mut buffer = vec![0; FRAME];
         loop {
-            let read = from_runtime.read(&mut buffer).await.map_err(|e| unavailable(&e))?;
+            let read = from_runtime
+                .read(&mut buffer)
+                .await
+                .map_err(|e| unavailable(&e))?;
             if read == 0 || send(output, Frame::Data(buffer[..read].to_vec())).await.is_err() {
                 return Ok::<(), Status>(());
             }

@@ -50,14 +50,16 @@ pub(super) async fn collect(host: &Host, caller: &TenantId) -> Result<wire::Stat
             .as_ref()
             .and_then(|cpu| Timestamp::from_nanosecond(cpu.timestamp.into()).ok())
             .unwrap_or_else(|| host.shop().clock.now());
-        let entry = sandboxes.entry(key.clone()).or_insert_with(|| wire::SandboxStats {
-            key: Some((&key).into()),
-            namespace: status.namespace.to_string(),
-            name: status.name.to_string(),
-            at: Some(wire_timestamp(at)),
-            started_at: Some(wire_timestamp(status.accepted_at)),
-            containers: vec![],
-        });
+        let entry = sandboxes
+            .entry(key.clone())
+            .or_insert_with(|| wire::SandboxStats {
+                key: Some((&key).into()),
+                namespace: status.namespace.to_string(),
+                name: status.name.to_string(),
+                at: Some(wire_timestamp(at)),
+                started_at: Some(wire_timestamp(status.accepted_at)),
+                containers: vec![],
+            });
         let value = |v: Option<cri::wire::UInt64Value>| v.map_or(0, |v| v.value);
         entry.containers.push(wire::ContainerStats {
             name: name.clone(),

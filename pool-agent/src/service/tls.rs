@@ -252,8 +252,8 @@ async fn shake_hands(
 
 /// The tenant whose virtual node a certificate names.
 fn tenant_of(certificate: &CertificateDer<'_>, trust_domain: &str) -> Result<TenantId, Stranger> {
-    let (_, parsed) =
-        x509_parser::certificate::X509Certificate::from_der(certificate).map_err(|_| Stranger::Certificate)?;
+    let (_, parsed) = x509_parser::certificate::X509Certificate::from_der(certificate)
+        .map_err(|_| Stranger::Certificate)?;
     let names = parsed
         .subject_alternative_name()
         .map_err(|_| Stranger::Certificate)?;

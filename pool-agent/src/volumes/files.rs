@@ -96,16 +96,26 @@ fn tidy(volume: &Path, files: &Files) -> Result<(), VolumeError> {
 fn write(directory: &Path, file: &File) -> Result<(), VolumeError> {
     let path = directory.join(&file.path);
     let mut below = directory.to_owned();
-    for part in Path::new(&file.path).parent().into_iter().flat_map(Path::components) {
+    for part in Path::new(&file.path)
+        .parent()
+        .into_iter()
+        .flat_map(Path::components)
+    {
         below.push(part);
         make_directory(&below)?;
         open_to_all(&below)?;
     }
     fs::write(&path, &file.content).map_err(at("writing", &path))?;
-    fs::set_permissions(&path, fs::Permissions::from_mode(file.mode)).map_err(at("setting the mode of", &path))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(file.mode))
+        .map_err(at("setting the mode of", &path))?;
     if let Some(owner) = file.owner {
         u32::try_from(owner)
-            .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "an owner is a number from 0 to 4294967295"))
+            .map_err(|_| {
+                io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "an owner is a number from 0 to 4294967295",
+                )
+            })
             .and_then(|uid| chown(&path, Some(Uid::from_raw(uid)), None).map_err(Into::into))
             .map_err(at("setting the owner of", &path))?;
     }

@@ -84,7 +84,13 @@ pub(super) fn bind(opened: &OwnedFd, target: &Path) -> io::Result<()> {
     } else {
         File::create(target)?;
     }
-    mount(Some(&source), target, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    mount(
+        Some(&source),
+        target,
+        None::<&str>,
+        MsFlags::MS_BIND,
+        None::<&str>,
+    )?;
     Ok(())
 }
 
@@ -115,9 +121,9 @@ fn unescape(field: &[u8]) -> PathBuf {
     let mut rest = field;
     while let Some((&first, tail)) = rest.split_first() {
         let octal = |digits: &[u8]| {
-            digits
-                .iter()
-                .try_fold(0_u32, |n, d| (b'0'..=b'7').contains(d).then(|| n * 8 + u32::from(d - b'0')))
+            digits.iter().try_fold(0_u32, |n, d| {
+                (b'0'..=b'7').contains(d).then(|| n * 8 + u32::from(d - b'0'))
+            })
         };
         match (first, tail.get(..3).and_then(octal)) {
             (b'\\', Some(code)) => {

@@ -2,9 +2,15 @@ use super::*;
 
 #[test]
 fn cpu_amounts_become_the_kernels_numbers() {
-    assert_eq!([0, 1, 100, 1000, 1_000_000].map(cpu_shares), [2, 2, 102, 1024, 262_144]);
+    assert_eq!(
+        [0, 1, 100, 1000, 1_000_000].map(cpu_shares),
+        [2, 2, 102, 1024, 262_144]
+    );
     assert_eq!([1, 10, 250, 2000].map(cpu_quota), [1000, 1000, 25_000, 200_000]);
-    assert_eq!(cpu_quota(u64::MAX), i64::try_from(u128::from(u64::MAX) * 100).unwrap_or(i64::MAX));
+    assert_eq!(
+        cpu_quota(u64::MAX),
+        i64::try_from(u128::from(u64::MAX) * 100).unwrap_or(i64::MAX)
+    );
 }
 
 #[test]
