@@ -195,19 +195,20 @@ impl Collector for Traffic {
                 pick(series).encode(family.encode_family(&flagged)?)?;
             }
         }
-        let ended: [(&str, &str, fn(Flag) -> bool); 2] = [
-            ("istio_tcp_connections_closed", "Connections closed", |_| true),
+        let ended = [
+            ("istio_tcp_connections_closed", "Connections closed", &FLAGS[..]),
+            // Without the first flag, which says that nothing failed.
             (
                 "istio_tcp_connections_failed",
                 "Connections that failed",
-                |flag| flag != Flag::None,
+                &FLAGS[1..],
             ),
         ];
-        for (name, help, counts) in ended {
+        for (name, help, flags) in ended {
             let mut family = encoder.encode_descriptor(name, help, None, MetricType::Counter)?;
             for (labels, series) in series.iter() {
                 for (flag, counter) in FLAGS.iter().zip(&series.closed) {
-                    if counts(*flag) && counter.get() > 0 {
+                    if flags.contains(flag) && counter.get() > 0 {
                         counter.encode(family.encode_family(&Flagged(labels, *flag))?)?;
                     }
                 }

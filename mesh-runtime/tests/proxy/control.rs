@@ -108,21 +108,19 @@ struct Shared {
     /// By live stream and type: the last change it answered to.
     answered: Mutex<BTreeMap<(u64, &'static str), u64>>,
     streams: AtomicU64,
+    stopped: watch::Sender<u64>,
 }
 
-#[derive(Clone)]
 pub(crate) struct Control {
     shared: Arc<Shared>,
-    pool: Arc<Authority>,
+    pool: Authority,
     pub(crate) address: std::net::SocketAddr,
-    server: Arc<tokio::task::AbortHandle>,
+    server: Mutex<tokio::task::AbortHandle>,
 }
 
 impl Drop for Control {
     fn drop(&mut self) {
-        if Arc::strong_count(&self.server) == 1 {
-            self.server.abort();
-        }
+        self.stop();
     }
 }
 
@@ -139,26 +137,31 @@ impl Control {
             nacks: Mutex::default(),
             answered: Mutex::default(),
             streams: AtomicU64::new(0),
+            stopped: watch::Sender::new(0),
         });
-        let (certificate, key) = pool.issue(&[&format!("spiffe://{POOL}/tenant/{TENANT}/virtual-node")]);
-        let tls = ServerTlsConfig::new()
-            .identity(Identity::from_pem(certificate, key))
-            .client_ca_root(Certificate::from_pem(&pool.pem));
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let server = Server::builder()
-            .tls_config(tls)
-            .unwrap()
-            .add_service(AggregatedDiscoveryServiceServer::new(Ads(shared.clone())))
-            .add_service(IstioCertificateServiceServer::new(Broker(shared.clone())))
-            .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener));
-        let task = tokio::spawn(async move { server.await.unwrap() });
+        let (address, server) = serve(&pool, &shared, "127.0.0.1:0".parse().unwrap()).await;
         Self {
             shared,
-            pool: Arc::new(pool),
+            pool,
             address,
-            server: Arc::new(task.abort_handle()),
+            server: Mutex::new(server),
         }
+    }
+
+    /// As if its process had died.
+    pub(crate) fn stop(&self) {
+        self.server.lock().unwrap().abort();
+        self.shared.stopped.send_modify(|n| *n += 1);
+    }
+
+    pub(crate) async fn restart(&self) {
+        let (_, server) = serve(&self.pool, &self.shared, self.address).await;
+        *self.server.lock().unwrap() = server;
+    }
+
+    /// Streams that are open, one for each host and type.
+    pub(crate) fn streams(&self) -> usize {
+        self.shared.answered.lock().unwrap().len()
     }
 
     pub(crate) fn host_tls(&self, host: &str) -> PoolTls {
@@ -250,6 +253,27 @@ impl Control {
     }
 }
 
+async fn serve(
+    pool: &Authority,
+    shared: &Arc<Shared>,
+    address: std::net::SocketAddr,
+) -> (std::net::SocketAddr, tokio::task::AbortHandle) {
+    let (certificate, key) = pool.issue(&[&format!("spiffe://{POOL}/tenant/{TENANT}/virtual-node")]);
+    let tls = ServerTlsConfig::new()
+        .identity(Identity::from_pem(certificate, key))
+        .client_ca_root(Certificate::from_pem(&pool.pem));
+    let listener = tokio::net::TcpListener::bind(address).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let server = Server::builder()
+        .tls_config(tls)
+        .unwrap()
+        .add_service(AggregatedDiscoveryServiceServer::new(Ads(shared.clone())))
+        .add_service(IstioCertificateServiceServer::new(Broker(shared.clone())))
+        .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener));
+    let task = tokio::spawn(async move { server.await.unwrap() });
+    (address, task.abort_handle())
+}
+
 struct Ads(Arc<Shared>);
 
 type Responses<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -277,10 +301,12 @@ impl AggregatedDiscoveryService for Ads {
         tokio::spawn(async move {
             let _gone = Gone(shared.clone(), stream);
             let mut changed = shared.changed.subscribe();
+            let mut stopped = shared.stopped.subscribe();
             // By type: the last change it was told, once it has subscribed.
             let mut subscribed: BTreeMap<&'static str, u64> = BTreeMap::new();
             loop {
                 tokio::select! {
+                    _ = stopped.changed() => return,
                     request = requests.next() => {
                         let Some(Ok(request)) = request else { return };
                         if let Some(error) = request.error_detail {

@@ -21,7 +21,7 @@ use mesh_runtime::{
     attachment::AttachmentState,
     netns::Netns,
     pod::{Mode, PodRecord},
-    runtime::{Config, MeshRuntime, PodAttachment},
+    runtime::{Attachment, Config, MeshRuntime, PodAttachment},
 };
 use pool_agent_api::{Attempt, SandboxKey, Tenant, tenant::MeshControl};
 use prometheus_client::registry::Registry;
@@ -31,7 +31,8 @@ use tokio::{
     time::timeout,
 };
 
-use crate::control::{Control, TENANT, TRUST_DOMAIN};
+pub(crate) use crate::control::TRUST_DOMAIN;
+use crate::control::{Control, TENANT};
 
 /// How long anything may take on a busy machine before a test gives up.
 pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
@@ -187,6 +188,7 @@ pub(crate) struct Pod {
     pub(crate) address: Ipv4Addr,
     pub(crate) space: Space,
     pub(crate) host: usize,
+    attachment: Attachment,
 }
 
 impl Pod {
@@ -397,6 +399,19 @@ impl Lab {
     }
 
     pub(crate) async fn start(&self, host: usize, name: &str, mode: Mode) -> Pod {
+        let pod = self.attach(host, name, mode).await;
+        let mut state = pod.attachment.state();
+        within(
+            "the pod serves",
+            state.wait_for(|s| *s == AttachmentState::Serving),
+        )
+        .await
+        .unwrap();
+        pod
+    }
+
+    /// A pod that is redirected, and no more than that.
+    pub(crate) async fn attach(&self, host: usize, name: &str, mode: Mode) -> Pod {
         let number = self.next_pod.get();
         self.next_pod.set(number + 1);
         let at = &self.hosts[host];
@@ -444,20 +459,26 @@ impl Lab {
              route add {address}/32 dev {device}\n\
              neigh add {address} lladdr {inside} dev {device} nud permanent\n"
         ));
-        let mut state = attachment.state();
-        within(
-            "the pod serves",
-            state.wait_for(|s| *s == AttachmentState::Serving),
-        )
-        .await
-        .unwrap();
         Pod {
             key,
+            attachment,
             name: name.to_owned(),
             address,
             space,
             host,
         }
+    }
+
+    /// Connections of the host's pods that are open, as the metrics have it.
+    pub(crate) fn live(&self, host: usize) -> i64 {
+        let text = self.metrics(host);
+        let sum = |name: &str| -> i64 {
+            text.lines()
+                .filter(|l| l.starts_with(name))
+                .map(|l| l.rsplit(' ').next().unwrap().parse::<i64>().unwrap())
+                .sum()
+        };
+        sum("istio_tcp_connections_opened_total") - sum("istio_tcp_connections_closed_total")
     }
 
     pub(crate) fn metrics(&self, host: usize) -> String {
