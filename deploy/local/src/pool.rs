@@ -169,7 +169,8 @@ pub fn agent(
         .within(&host.namespace)
         .path_flag("config", &path)
         .input(path)
-        .ready_when(Ready::Accepts(config.listen)))
+        // Not its gRPC port: a look without TLS would be a caller turned away.
+        .ready_when(Ready::Accepts(config.metrics_listen)))
 }
 
 /// One of the host's own, so that two hosts on a machine do not meet in
