@@ -77,10 +77,9 @@ pub async fn spindrift(profile: Profile, progress: &Progress) -> Result<Spindrif
     let step = progress.step("Build spindrift");
     let mut cargo = Tool::words("cargo build --locked --bins")
         .args([
-            "--package=virtual-node",
-            "--package=pool-agent",
-            "--package=spindrift-cni",
-            "--package=spindrift-local",
+            // All of it: another selection has other features of the dependencies,
+            // and would compile them once more.
+            "--workspace",
         ])
         .directory(workspace())
         .limit(BUILD_LIMIT);
