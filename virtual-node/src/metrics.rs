@@ -26,7 +26,10 @@ pub(crate) async fn serve(
     Ok(tokio::spawn(async move {
         let served = axum::serve(listener, router).with_graceful_shutdown(shutdown.cancelled_owned());
         if let Err(error) = served.await {
-            warn!(error = &error as &dyn std::error::Error, "metrics are no longer served");
+            warn!(
+                error = &error as &dyn std::error::Error,
+                "metrics are no longer served"
+            );
         }
     }))
 }

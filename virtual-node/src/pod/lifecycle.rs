@@ -25,7 +25,9 @@
 //!   it runs ([`Event::Settled`]). A host that stays silent holds such pods
 //!   back; its operator fences it by taking it out of the configuration.
 //! - A newer attempt of the same pod wins over an older one; the loser is
-//!   evicted.
+//!   evicted. Once every host has been heard, attempts are ours to number: a
+//!   newer one that we did not start is evicted too, so that no host can claim
+//!   a pod that runs elsewhere.
 //! - The API object is removed only when nothing of it runs.
 
 use std::time::Duration;
@@ -444,7 +446,10 @@ impl Lifecycle {
                         }
                         _ => self.stay(),
                     }
-                } else if place.attempt >= seen.attempt {
+                } else if place.attempt >= seen.attempt || self.settled {
+                    // Once all hosts have told what a predecessor started, attempts
+                    // are ours to number: a host that tells of a newer one would take
+                    // the pod's identity from the host that runs it.
                     self.evict(seen)
                 } else {
                     // Newer than ours, so ours is the stray.

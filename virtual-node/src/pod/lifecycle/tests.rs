@@ -41,7 +41,10 @@ fn a_new_pod_is_prepared_placed_and_started() {
     assert_eq!(effects, [start]);
     assert_eq!(core.room(), Room::Held(&place(0, 1)));
     let (core, effects) = core.step(Event::Accepted);
-    assert_eq!((core.stage(), effects.len()), (&Stage::Placed { place: place(0, 1) }, 0));
+    assert_eq!(
+        (core.stage(), effects.len()),
+        (&Stage::Placed { place: place(0, 1) }, 0)
+    );
 }
 
 #[test]
@@ -53,9 +56,15 @@ fn a_pod_that_was_there_before_waits_until_every_host_has_reported() {
         state: SandboxState::Running,
     };
     let (core, effects) = core.step(seen);
-    assert_eq!((core.stage(), effects.len()), (&Stage::Placed { place: place(1, 4) }, 0));
+    assert_eq!(
+        (core.stage(), effects.len()),
+        (&Stage::Placed { place: place(1, 4) }, 0)
+    );
     let (core, effects) = core.step(Event::Settled);
-    assert_eq!((core.stage(), effects.len()), (&Stage::Placed { place: place(1, 4) }, 0));
+    assert_eq!(
+        (core.stage(), effects.len()),
+        (&Stage::Placed { place: place(1, 4) }, 0)
+    );
 }
 
 #[test]
@@ -75,12 +84,20 @@ fn a_stopped_attempt_is_not_followed_by_another_before_every_host_has_reported()
     };
     let (core, _) = core.step(seen);
     let (core, effects) = core.step(Event::Settled);
-    assert_eq!((core.stage(), effects.len()), (&Stage::Placed { place: place(1, 2) }, 0));
+    assert_eq!(
+        (core.stage(), effects.len()),
+        (&Stage::Placed { place: place(1, 2) }, 0)
+    );
 }
 
 #[test]
 fn an_unanswered_start_is_asked_of_the_same_host_again() {
-    let start = [Event::Settled, Event::Prepared, Event::Claimed(host(0)), Event::Unanswered];
+    let start = [
+        Event::Settled,
+        Event::Prepared,
+        Event::Claimed(host(0)),
+        Event::Unanswered,
+    ];
     let (core, effects) = after(Intent::Run, &start);
     let again = Effect::Start {
         place: place(0, 1),
@@ -92,9 +109,12 @@ fn an_unanswered_start_is_asked_of_the_same_host_again() {
     assert_eq!(effects, [Effect::Forget(place(0, 1))]);
     let (core, effects) = core.step(Event::Forgotten(place(0, 1)));
     assert_eq!(effects, [Effect::Prepare]);
-    assert_eq!(*core.stage(), Stage::Preparing {
-        next: place(0, 2).attempt
-    });
+    assert_eq!(
+        *core.stage(),
+        Stage::Preparing {
+            next: place(0, 2).attempt
+        }
+    );
 }
 
 #[test]
@@ -109,7 +129,12 @@ fn a_refused_start_is_tried_elsewhere_under_the_next_attempt() {
 
 #[test]
 fn a_deletion_stops_removes_and_forgets_in_that_order() {
-    let start = [Event::Settled, Event::Prepared, Event::Claimed(host(0)), Event::Accepted];
+    let start = [
+        Event::Settled,
+        Event::Prepared,
+        Event::Claimed(host(0)),
+        Event::Accepted,
+    ];
     let (core, _) = after(Intent::Run, &start);
     let (core, effects) = core.step(Event::Intended(Intent::Delete { grace: GRACE }));
     let stop = |grace| Effect::Stop {
@@ -140,7 +165,12 @@ fn a_pod_deleted_before_it_started_is_only_removed() {
     for events in [
         vec![Event::Settled],
         vec![Event::Settled, Event::Prepared],
-        vec![Event::Settled, Event::Prepared, Event::Claimed(host(0)), Event::Refused(RefusalReason::NoRoom)],
+        vec![
+            Event::Settled,
+            Event::Prepared,
+            Event::Claimed(host(0)),
+            Event::Refused(RefusalReason::NoRoom),
+        ],
     ] {
         let (core, _) = after(Intent::Run, &events);
         let (core, effects) = core.step(Event::Intended(Intent::Delete { grace: GRACE }));
@@ -153,7 +183,12 @@ fn a_pod_deleted_before_it_started_is_only_removed() {
 
 #[test]
 fn a_finished_pod_keeps_its_remains_until_it_is_deleted() {
-    let start = [Event::Settled, Event::Prepared, Event::Claimed(host(0)), Event::Accepted];
+    let start = [
+        Event::Settled,
+        Event::Prepared,
+        Event::Claimed(host(0)),
+        Event::Accepted,
+    ];
     let (core, _) = after(Intent::Run, &start);
     let (core, effects) = core.step(Event::Intended(Intent::Finish));
     assert!(matches!(effects[..], [Effect::Stop { .. }]));
@@ -178,10 +213,21 @@ fn a_pod_that_was_final_before_the_start_is_left_alone() {
 
 #[test]
 fn an_object_that_vanished_leaves_nothing_behind() {
-    let start = [Event::Settled, Event::Prepared, Event::Claimed(host(0)), Event::Accepted];
+    let start = [
+        Event::Settled,
+        Event::Prepared,
+        Event::Claimed(host(0)),
+        Event::Accepted,
+    ];
     let (core, _) = after(Intent::Run, &start);
     let (core, effects) = core.step(Event::Intended(Intent::Reap));
-    assert!(matches!(effects[..], [Effect::Stop { grace: Duration::ZERO, .. }]));
+    assert!(matches!(
+        effects[..],
+        [Effect::Stop {
+            grace: Duration::ZERO,
+            ..
+        }]
+    ));
     let (core, effects) = core.step(Event::StopUnknown(place(0, 1)));
     assert_eq!(effects, [Effect::Forget(place(0, 1))]);
     let (core, _) = core.step(Event::Forgotten(place(0, 1)));
@@ -202,6 +248,24 @@ fn of_two_attempts_the_newer_stays() {
     assert_eq!(core.place(), Some(&place(1, 2)));
 }
 
+#[test]
+fn a_host_cannot_claim_a_pod_that_runs_elsewhere() {
+    let start = [
+        Event::Settled,
+        Event::Prepared,
+        Event::Claimed(host(0)),
+        Event::Accepted,
+    ];
+    let (core, _) = after(Intent::Run, &start);
+    let claimed = Event::Seen {
+        place: place(1, 1_000_000),
+        state: SandboxState::Running,
+    };
+    let (core, effects) = core.step(claimed);
+    assert_eq!(effects, [Effect::Evict(place(1, 1_000_000))]);
+    assert_eq!(core.room(), Room::Held(&place(0, 1)));
+}
+
 // ---- the property, in a world of hosts, crashes and lost messages
 
 const HOSTS: usize = 3;
@@ -220,7 +284,9 @@ impl Agent {
     fn start(&mut self, attempt: u32) -> Result<(), RefusalReason> {
         if let Some((current, state)) = self.sandbox {
             return match current.cmp(&attempt) {
-                std::cmp::Ordering::Equal if state == SandboxState::Stopped => Err(RefusalReason::EndedAttempt),
+                std::cmp::Ordering::Equal if state == SandboxState::Stopped => {
+                    Err(RefusalReason::EndedAttempt)
+                }
                 std::cmp::Ordering::Equal => Ok(()),
                 _ => Err(RefusalReason::OlderAttempt),
             };
@@ -243,7 +309,8 @@ impl Agent {
     }
 
     fn runs(&self) -> bool {
-        self.sandbox.is_some_and(|(_, state)| state != SandboxState::Stopped)
+        self.sandbox
+            .is_some_and(|(_, state)| state != SandboxState::Stopped)
     }
 }
 
@@ -347,19 +414,20 @@ impl World {
         assert!(running <= 1, "two attempts run: {self:#?}");
         if !self.object_exists && *self.core.stage() == Stage::Over && self.delayed.is_empty() {
             let known = self.heard.len() == HOSTS;
-            assert!(!known || running == 0 || !self.queue.is_empty(), "left behind: {self:#?}");
+            assert!(
+                !known || running == 0 || !self.queue.is_empty(),
+                "left behind: {self:#?}"
+            );
         }
     }
 
     fn deliver(&mut self, effect: &Effect) -> Vec<Event> {
         match effect {
             Effect::Prepare => vec![Event::Prepared],
-            Effect::Start { place, .. } => {
-                match self.agents[index(&place.host)].start(place.attempt.get()) {
-                    Ok(()) => vec![Event::Accepted],
-                    Err(reason) => vec![Event::Refused(reason)],
-                }
-            }
+            Effect::Start { place, .. } => match self.agents[index(&place.host)].start(place.attempt.get()) {
+                Ok(()) => vec![Event::Accepted],
+                Err(reason) => vec![Event::Refused(reason)],
+            },
             Effect::Stop { place, .. } => {
                 let agent = &mut self.agents[index(&place.host)];
                 match &mut agent.sandbox {
@@ -382,7 +450,10 @@ impl World {
                 vec![]
             }
             Effect::Remove => {
-                assert!(self.agents.iter().all(|a| !a.runs()), "removed while it runs: {self:#?}");
+                assert!(
+                    self.agents.iter().all(|a| !a.runs()),
+                    "removed while it runs: {self:#?}"
+                );
                 self.object_exists = false;
                 vec![Event::Removed]
             }
@@ -449,7 +520,11 @@ impl World {
                 self.heard.clear();
                 self.reported.clear();
                 self.core = Lifecycle::new(Intent::Run);
-                let intent = if self.object_exists { self.intent } else { Intent::Reap };
+                let intent = if self.object_exists {
+                    self.intent
+                } else {
+                    Intent::Reap
+                };
                 self.step(Event::Intended(intent));
             }
             Move::Reboot(i) => {
