@@ -34,7 +34,10 @@ pub struct PodEntry {
     pub mac: [u8; 6],
     /// [`ENROLLED`] or [`UNMESHED`].
     pub mode: u8,
-    pub reserved: u8,
+    /// Whether the proxy that listens now knows the pod: 1 or 0. A new process
+    /// takes the listeners over before it has learnt of every pod; until then
+    /// it would reset what it can't tell, so the kernel keeps it from it.
+    pub known: u8,
 }
 
 pub const ENROLLED: u8 = 1;
@@ -128,7 +131,8 @@ pub enum Reason {
     /// To an address of the host or of the router. What runs there is not the
     /// tenant's; an answer to the host's own connection is no such packet.
     HostLocal = 18,
-    /// The proxy's listener is gone: the agent is down.
+    /// The proxy's listener is gone, or the proxy does not know the pod yet: the
+    /// agent is down, or just starting.
     NoListener = 19,
     /// A packet for the proxy that was about to leave by the uplink: the policy
     /// route is missing.

@@ -42,8 +42,8 @@ use Verdict::{Capture, CaptureIfConnected, Drop, Pass};
 
 /// The router's tables, looked up only when the answer is needed.
 pub trait Tables {
-    /// Mode of the pod of this host that has this address.
-    fn mode(&self, address: u32) -> Option<u8>;
+    /// The pod of this host that has this address.
+    fn pod(&self, address: u32) -> Option<&PodEntry>;
     /// Whether a Service has this address.
     fn is_service(&self, address: u32) -> bool;
     /// Whether it is one of the host's own.
@@ -225,8 +225,8 @@ fn from_unmeshed(settings: &Settings, packet: &Packet, tables: &impl Tables) -> 
     if packet.protocol == ICMP && !packet.fragment && !packet.is_useful_icmp() {
         return Drop(Reason::IcmpType);
     }
-    match tables.mode(packet.destination) {
-        Some(ENROLLED) => to_enrolled(packet),
+    match tables.pod(packet.destination) {
+        Some(to) if to.mode == ENROLLED => to_enrolled(packet),
         Some(_) => to_unmeshed(settings, packet),
         // Nobody else balances a Service here, so the proxy does, in plaintext.
         None if tables.is_service(packet.destination) || packet.destination == settings.dns => {
@@ -272,16 +272,16 @@ pub fn from_uplink(settings: &Settings, packet: &Packet, quoted: u8, tables: &im
     if settings.local_pods.contains(packet.source) {
         return Drop(Reason::SourceAddress);
     }
-    let Some(mode) = tables.mode(packet.destination) else {
+    let Some(to) = tables.pod(packet.destination) else {
         return Drop(Reason::NoSuchPod);
     };
-    if packet.fragment && (packet.protocol == TCP || mode == ENROLLED) {
+    if packet.fragment && (packet.protocol == TCP || to.mode == ENROLLED) {
         return Drop(Reason::Fragment);
     }
     if packet.protocol == ICMP && !packet.fragment && !packet.is_useful_icmp() {
         return Drop(Reason::IcmpType);
     }
-    if mode != ENROLLED {
+    if to.mode != ENROLLED {
         return to_unmeshed(settings, packet);
     }
     let from_pod = settings.cluster_pods.contains(packet.source);
@@ -338,21 +338,24 @@ pub fn select(
     tables: &impl Tables,
 ) -> Selection {
     let Some(pod) = pod else {
-        return if arrival.device == settings.uplink
-            && arrival.protocol == TCP
-            && tables.mode(arrival.destination) == Some(ENROLLED)
-        {
-            Selection::Slot(inbound(arrival.port))
-        } else {
-            Selection::Ordinary
+        return match tables.pod(arrival.destination) {
+            Some(to)
+                if arrival.device == settings.uplink && arrival.protocol == TCP && to.mode == ENROLLED =>
+            {
+                to_slot(to, inbound(arrival.port))
+            }
+            _ => Selection::Ordinary,
         };
     };
     if arrival.destination == settings.dns && arrival.port == DNS_PORT {
-        return Selection::Slot(if arrival.protocol == UDP {
-            slot::DNS_UDP
-        } else {
-            slot::DNS_TCP
-        });
+        return to_slot(
+            pod,
+            if arrival.protocol == UDP {
+                slot::DNS_UDP
+            } else {
+                slot::DNS_TCP
+            },
+        );
     }
     if arrival.protocol != TCP {
         return Selection::Ordinary;
@@ -361,15 +364,25 @@ pub fn select(
         return Selection::Refuse(Reason::HostLocal);
     }
     if pod.mode == ENROLLED {
-        return Selection::Slot(slot::OUTBOUND);
+        return to_slot(pod, slot::OUTBOUND);
     }
-    match tables.mode(arrival.destination) {
-        Some(ENROLLED) => Selection::Slot(inbound(arrival.port)),
+    match tables.pod(arrival.destination) {
+        Some(to) if to.mode == ENROLLED => to_slot(to, inbound(arrival.port)),
         Some(_) => Selection::Ordinary,
         None if tables.is_service(arrival.destination) || arrival.destination == settings.dns => {
-            Selection::Slot(slot::OUTBOUND)
+            to_slot(pod, slot::OUTBOUND)
         }
         None => Selection::Ordinary,
+    }
+}
+
+/// The listener for `pod`, once the proxy knows it.
+#[inline(always)]
+fn to_slot(pod: &PodEntry, slot: u32) -> Selection {
+    if pod.known == 0 {
+        Selection::Refuse(Reason::NoListener)
+    } else {
+        Selection::Slot(slot)
     }
 }
 

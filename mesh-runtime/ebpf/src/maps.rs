@@ -83,9 +83,9 @@ pub struct Maps;
 
 impl Tables for Maps {
     #[inline(always)]
-    fn mode(&self, address: u32) -> Option<u8> {
+    fn pod(&self, address: u32) -> Option<&PodEntry> {
         // SAFETY: as in `pod_on_device`.
-        unsafe { PODS_BY_ADDRESS.get(address) }.map(|pod| pod.mode)
+        unsafe { PODS_BY_ADDRESS.get(address) }
     }
 
     #[inline(always)]

@@ -54,12 +54,12 @@ const UNREACHABLE: [Ipv4Addr; 6] = [
 ];
 
 struct Host {
-    pods: BTreeMap<u32, u8>,
+    pods: BTreeMap<u32, PodEntry>,
 }
 
 impl Tables for Host {
-    fn mode(&self, address: u32) -> Option<u8> {
-        self.pods.get(&address).copied()
+    fn pod(&self, address: u32) -> Option<&PodEntry> {
+        self.pods.get(&address)
     }
 
     fn is_service(&self, address: u32) -> bool {
@@ -72,12 +72,8 @@ impl Tables for Host {
 }
 
 fn host() -> Host {
-    let pods = [(ENROLLED_HERE, ENROLLED), (UNMESHED_HERE, UNMESHED)];
     Host {
-        pods: pods
-            .into_iter()
-            .map(|(address, mode)| (address.into(), mode))
-            .collect(),
+        pods: pods().into_iter().map(|pod| (pod.address, pod)).collect(),
     }
 }
 
@@ -103,7 +99,7 @@ fn pod(address: Ipv4Addr, mode: u8) -> PodEntry {
         device: 7,
         mac: [2, 0, 0, 0, 0, 1],
         mode,
-        reserved: 0,
+        known: 1,
     }
 }
 
@@ -320,6 +316,34 @@ fn each_arrival_finds_its_listener() {
     }
 }
 
+#[test]
+fn nothing_new_of_a_pod_or_to_it_is_heard_before_the_proxy_knows_it() {
+    let unknown = Host {
+        pods: pods()
+            .into_iter()
+            .map(|pod| (pod.address, PodEntry { known: 0, ..pod }))
+            .collect(),
+    };
+    let [enrolled, unmeshed] = pods().map(|pod| PodEntry { known: 0, ..pod });
+    for (pod, device, destination, port) in [
+        (Some(&enrolled), enrolled.device, STRANGER, 80),
+        (Some(&enrolled), enrolled.device, DNS, DNS_PORT),
+        (Some(&unmeshed), unmeshed.device, SERVICE, 80),
+        (Some(&unmeshed), unmeshed.device, ENROLLED_HERE, 80),
+        (None, UPLINK, ENROLLED_HERE, 80),
+        (None, UPLINK, ENROLLED_HERE, HBONE_PORT),
+    ] {
+        let arrival = Arrival {
+            device,
+            protocol: TCP,
+            destination: destination.into(),
+            port,
+        };
+        let selection = select(pod, &settings(), &arrival, &unknown);
+        assert_eq!(selection, Selection::Refuse(Reason::NoListener), "{arrival:?}");
+    }
+}
+
 fn address() -> impl Strategy<Value = u32> {
     prop_oneof![
         3 => proptest::sample::select(&ADDRESSES[..]).prop_map(u32::from),
@@ -414,7 +438,7 @@ proptest! {
         if !matches!(from_uplink(&settings(), &packet, quoted, &host()), Verdict::Drop(_))
             && packet.destination != u32::from(ROUTER)
         {
-            prop_assert!(host().mode(packet.destination).is_some());
+            prop_assert!(host().pod(packet.destination).is_some());
             prop_assert!(!settings().local_pods.contains(packet.source), "one of ours, from outside");
         }
     }

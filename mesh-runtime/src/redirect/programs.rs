@@ -234,6 +234,7 @@ impl Programs {
         programs.link(UPLINK_INGRESS, TcAttachType::Ingress, &uplink, "uplink-ingress")?;
         programs.sweep()?;
         programs.link_socket_lookup()?;
+        programs.doubt_pods()?;
         // Last: until here an old process' listeners served, if there is one.
         for (slot, socket) in [
             (slot::OUTBOUND, listeners.outbound.as_raw_fd()),
@@ -251,6 +252,22 @@ impl Programs {
         Arc::clone(&self.drops)
     }
 
+    /// Keeps every pod from the listeners that are about to change, until it is
+    /// attached again: the proxy behind them does not know it yet.
+    fn doubt_pods(&mut self) -> Result<(), ProgramsError> {
+        for (map, name) in [
+            (&mut self.by_device, "PODS_BY_DEVICE"),
+            (&mut self.by_address, "PODS_BY_ADDRESS"),
+        ] {
+            let entries: Vec<_> = map.iter().collect::<Result<_, _>>().map_err(read(name))?;
+            for (key, entry) in entries {
+                map.insert(key, PodEntry { known: 0, ..entry }, 0)
+                    .map_err(write(name))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Classifies what comes from `device` as this pod's from now on. Doing it
     /// again changes nothing.
     pub(super) fn attach(&mut self, device: &Device) -> Result<(), ProgramsError> {
@@ -263,7 +280,7 @@ impl Programs {
                 crate::pod::Mode::Enrolled => abi::ENROLLED,
                 crate::pod::Mode::Unmeshed => abi::UNMESHED,
             },
-            reserved: 0,
+            known: 1,
         };
         if let Some(other) = get(&self.by_address, entry.address, "PODS_BY_ADDRESS")?
             && other.device != index
@@ -321,10 +338,7 @@ impl Programs {
             .collect::<Result<_, _>>()
             .map_err(read("PODS_BY_DEVICE"))?;
         for device in devices {
-            match name_of(device) {
-                Some(name) => self.filter(&name)?,
-                None => self.device_gone(device)?,
-            }
+            self.look_after(device)?;
         }
         // Left behind by a process that died between its two writes.
         let mut orphans = Vec::new();
@@ -338,6 +352,17 @@ impl Programs {
             remove(&mut self.by_address, address, "PODS_BY_ADDRESS")?;
         }
         Ok(())
+    }
+
+    /// The same for one device.
+    pub(super) fn look_after(&mut self, device: u32) -> Result<(), ProgramsError> {
+        if get(&self.by_device, device, "PODS_BY_DEVICE")?.is_none() {
+            return Ok(());
+        }
+        match name_of(device) {
+            Some(name) => self.filter(&name),
+            None => self.device_gone(device),
+        }
     }
 
     /// The addresses of all Services of the tenant, so that unmeshed pods' TCP

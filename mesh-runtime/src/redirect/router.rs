@@ -94,7 +94,9 @@ enum Command {
     Attach(Device, Reply<()>),
     Detach(Ipv4Addr, Reply<()>),
     Services(BTreeSet<u32>, Reply<()>),
-    DeviceGone(u32),
+    /// At a device that may be gone, or have lost its program.
+    Look(u32),
+    /// At all of them.
     Sweep,
     Close(Reply<()>),
 }
@@ -138,7 +140,8 @@ impl Router {
     }
 
     /// Redirects what comes from `device`, or makes sure that it is. To be done
-    /// before the device is up: until then it is not classified.
+    /// before the device is up: until then it is not classified; and after the
+    /// proxy has been told of the pod: from now on it gets its connections.
     pub async fn attach(&self, device: Device) -> Result<(), RouterError> {
         self.ask(|reply| Command::Attach(device, reply)).await
     }
@@ -239,7 +242,7 @@ fn serve(mut programs: Programs, mut queue: mpsc::Receiver<Command>) {
             Command::Attach(device, reply) => drop(reply.send(programs.attach(&device))),
             Command::Detach(address, reply) => drop(reply.send(programs.detach(address))),
             Command::Services(addresses, reply) => drop(reply.send(programs.set_services(&addresses))),
-            Command::DeviceGone(device) => warn_of(programs.device_gone(device)),
+            Command::Look(device) => warn_of(programs.look_after(device)),
             Command::Sweep => warn_of(programs.sweep()),
             Command::Close(reply) => {
                 drop(reply.send(programs.close()));
@@ -298,8 +301,8 @@ async fn watch(router: Netns, routing: Routing, commands: mpsc::Sender<Command>,
             }
             let told = match change {
                 Change::Routing => Ok(()),
-                Change::DeviceGone(device) => commands.send(Command::DeviceGone(device)).await,
-                Change::Hooks | Change::Unknown => commands.send(Command::Sweep).await,
+                Change::Device(device) => commands.send(Command::Look(device)).await,
+                Change::Unknown => commands.send(Command::Sweep).await,
             };
             if told.is_err() {
                 return;

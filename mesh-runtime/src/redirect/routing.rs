@@ -58,9 +58,8 @@ pub enum RoutingError {
 pub(super) enum Change {
     /// A rule or a route of ours may be gone.
     Routing,
-    DeviceGone(u32),
-    /// A device may have lost its program.
-    Hooks,
+    /// This device may be gone, or have lost its program.
+    Device(u32),
     /// The kernel could not keep up telling: anything may have changed.
     Unknown,
 }
@@ -148,11 +147,12 @@ impl Routing {
                     RouteNetlinkMessage::DelRule(_) | RouteNetlinkMessage::DelRoute(_),
                 ) => return Some(Change::Routing),
                 NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(link)) => {
-                    return Some(Change::DeviceGone(link.header.index));
+                    return Some(Change::Device(link.header.index));
                 }
                 NetlinkPayload::InnerMessage(
-                    RouteNetlinkMessage::DelQueueDiscipline(_) | RouteNetlinkMessage::DelTrafficFilter(_),
-                ) => return Some(Change::Hooks),
+                    RouteNetlinkMessage::DelQueueDiscipline(hook)
+                    | RouteNetlinkMessage::DelTrafficFilter(hook),
+                ) => return Some(Change::Device(hook.header.index.unsigned_abs())),
                 NetlinkPayload::Overrun(_) => return Some(Change::Unknown),
                 _ => {}
             }

@@ -58,14 +58,20 @@ async fn the_next_agent_takes_over_and_old_connections_end_in_peace() {
     let long = connect();
     assert_eq!(greeting(&long).listener, "outbound-old");
 
-    // Connections go on all the while, and none fails.
+    // The next one has the listeners, but has not been told of the pod yet: a
+    // connection waits, and none is reset.
     let (next, listeners) = Router::open(lab.config("acme")).await.unwrap();
     let new_proxy = Proxy::tagged(listeners, "-new");
-    for _ in 0..20 {
-        assert_eq!(greeting(&connect()).listener, "outbound-new");
-    }
-    // It is told of the pod again, as an agent does that finds it running.
-    next.attach(pod.enrolled()).await.unwrap();
+    let before = count(&next.drops(), Reason::NoListener);
+    let meanwhile = std::thread::scope(|scope| {
+        let connecting = scope.spawn(connect);
+        eventually("tried", || count(&next.drops(), Reason::NoListener) > before);
+        let attach = || tokio::runtime::Handle::current().block_on(next.attach(pod.enrolled()));
+        tokio::task::block_in_place(attach).unwrap();
+        connecting.join().unwrap()
+    });
+    assert_eq!(greeting(&meanwhile).listener, "outbound-new");
+    assert_eq!(greeting(&connect()).listener, "outbound-new");
     drop(router);
     assert_eq!(echo(&long, "still here").unwrap(), "still here");
     old_proxy.die().await;
@@ -74,8 +80,9 @@ async fn the_next_agent_takes_over_and_old_connections_end_in_peace() {
     // And a third time, from a process that died and left nothing but the pins.
     drop(next);
     new_proxy.die().await;
-    let (_third, listeners) = Router::open(lab.config("acme")).await.unwrap();
+    let (third, listeners) = Router::open(lab.config("acme")).await.unwrap();
     let _proxy = Proxy::tagged(listeners, "-third");
+    third.attach(pod.enrolled()).await.unwrap();
     assert_eq!(greeting(&connect()).listener, "outbound-third");
 }
 
@@ -185,6 +192,7 @@ async fn pods_that_went_while_no_agent_ran_are_forgotten() {
     proxy.die().await;
     lab.delete_device(&gone);
     let (router, _proxy) = lab.open().await;
+    router.attach(stays.enrolled()).await.unwrap();
     assert_eq!(
         greeting(&lab.space(&stays).connect((VIP, 80), DEADLINE).unwrap()).listener,
         "outbound"
