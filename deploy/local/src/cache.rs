@@ -7,6 +7,7 @@
 use std::{
     fs::File,
     io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -156,19 +157,30 @@ impl io::Write for HashWriter<'_> {
 }
 
 /// Waits for the lock and says so meanwhile. It is let go with the value, and
-/// by the kernel if the process dies.
+/// by the kernel if the process dies. Whoever holds it may remove the file.
 pub async fn lock(path: &Path, step: &Step) -> io::Result<Flock<File>> {
-    let mut file = File::options().create(true).append(true).open(path)?;
     loop {
+        let file = File::options().create(true).append(true).open(path)?;
         match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(lock),
-            Err((same, nix::errno::Errno::EWOULDBLOCK)) => {
-                file = same;
+            // A holder may have removed what was opened here: then somebody
+            // else can hold a lock on a new file of that name.
+            Ok(lock) if same_file(&lock, path)? => return Ok(lock),
+            Ok(_) => {}
+            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
                 step.note("another run is at it: waiting for its end");
                 tokio::time::sleep(std::time::Duration::from_millis(100)).await;
             }
             Err((_, error)) => return Err(error.into()),
         }
+    }
+}
+
+fn same_file(file: &File, path: &Path) -> io::Result<bool> {
+    let opened = file.metadata()?;
+    match std::fs::metadata(path) {
+        Ok(named) => Ok((named.dev(), named.ino()) == (opened.dev(), opened.ino())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -248,6 +260,23 @@ mod tests {
                 .count(),
             KEPT
         );
+    }
+
+    #[tokio::test]
+    async fn a_lock_whose_file_was_removed_meanwhile_is_taken_on_the_new_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("lock");
+        let progress = Progress::silent();
+        let step = progress.step("lock");
+        let first = lock(&path, &step).await.unwrap();
+        let waiting = lock(&path, &step);
+        let removing = async {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            std::fs::remove_file(&path).unwrap();
+            drop(first);
+        };
+        let (second, ()) = tokio::join!(waiting, removing);
+        assert!(same_file(&second.unwrap(), &path).unwrap());
     }
 
     #[test]

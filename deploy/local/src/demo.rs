@@ -123,7 +123,11 @@ pub async fn run(lab: &Lab, exec: Exec, progress: &Progress) -> Result<Shown, De
             let status = deployment.status.clone().unwrap_or_default();
             let current = status.observed_generation == deployment.metadata.generation;
             let ready = status.ready_replicas.unwrap_or(0);
-            if !current || ready < wanted || status.updated_replicas != Some(wanted) {
+            if !current
+                || ready < wanted
+                || status.updated_replicas != Some(wanted)
+                || status.replicas != Some(wanted)
+            {
                 behind.push(format!("{name} {ready}/{wanted}"));
             }
         }
@@ -252,15 +256,22 @@ async fn verified_peer(lab: &Lab, host: &Host, before: usize, server: &Placed) -
     }
 }
 
+/// A pod is Ready to the API server from before a virtual node or an agent was
+/// restarted; until those have found each other again nothing runs in it.
+const REUNION: Duration = Duration::from_secs(30);
+
 async fn get(lab: &Lab, pod: &str, url: &str) -> Result<String, DemoError> {
     // wget's own time limit crashes in Debian's busybox 1.35.
-    exec(
-        lab,
-        NAMESPACE,
-        pod,
-        &["timeout", "10", "wget", "-q", "-O", "-", url],
-    )
-    .await
+    let command = ["timeout", "10", "wget", "-q", "-O", "-", url];
+    let since = Instant::now();
+    loop {
+        match exec(lab, NAMESPACE, pod, &command).await {
+            Err(DemoError::Exec { .. } | DemoError::Request { .. }) if since.elapsed() < REUNION => {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            answer => return answer,
+        }
+    }
 }
 
 /// Runs a command in a pod's first container, as `kubectl exec` does, and

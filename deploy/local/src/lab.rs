@@ -506,6 +506,10 @@ pub async fn down(instance: &InstanceName, progress: &Progress) -> Result<(), La
 async fn leave(layout: &Layout) -> Result<(), ClusterError> {
     let cluster = Cluster::connect(&layout.kubeconfig()).await?;
     let emptied = cluster.delete_namespace(demo::NAMESPACE, LEAVE).await;
+    // It would register itself again.
+    if let Ok(node) = Component::find(layout, node::COMPONENT) {
+        node.stop(layout, Duration::from_secs(10)).await.ok();
+    }
     // Pods that are left go with their Node: Kubernetes collects them.
     node::leave(layout, &cluster).await.and(emptied)
 }

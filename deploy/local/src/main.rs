@@ -242,11 +242,11 @@ async fn make(up: Up) -> anyhow::Result<()> {
         let shown = demo::run(&lab, exec, &progress).await?;
         println!("\n{shown}");
     }
-    println!("{}", next_steps(&lab, !up.no_demo));
+    println!("{}", next_steps(&lab, (!up.no_demo).then_some(exec)));
     Ok(())
 }
 
-fn next_steps(lab: &Lab, demo: bool) -> String {
+fn next_steps(lab: &Lab, demo: Option<Exec>) -> String {
     let layout = lab.layout();
     let option = match layout.instance().as_str() {
         "demo" => String::new(),
@@ -263,10 +263,12 @@ fn next_steps(lab: &Lab, demo: bool) -> String {
         );
     }
     text += "  kubectl get nodes,pods -A -o wide\n";
-    if demo {
+    if demo == Some(Exec::Works) {
         text += "  kubectl -n demo logs -f deploy/web\n\
-                 \x20 kubectl -n demo exec -it deploy/client -- sh    # then: wget -O - http://web/hostname\n\
-                 \x20 kubectl -n demo scale deployment web --replicas=20\n";
+                 \x20 kubectl -n demo exec -it deploy/client -- sh    # then: wget -O - http://web/hostname\n";
+    }
+    if demo.is_some() {
+        text += "  kubectl -n demo scale deployment web --replicas=20\n";
     }
     text += &format!(
         "  deploy/local/status{option}\n  \

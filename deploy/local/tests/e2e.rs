@@ -4,13 +4,17 @@
 use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, ensure};
-use k8s_openapi::api::core::v1::Namespace as KubeNamespace;
-use kube::Api;
+use k8s_openapi::api::{
+    certificates::v1::CertificateSigningRequest,
+    core::v1::{Namespace as KubeNamespace, Node},
+};
+use kube::{Api, ResourceExt, api::ListParams};
 use spindrift_local::{
     Lab, Layout, Options, Progress,
     component::{Component, MARK},
-    images, instance, lab,
-    lab::Extent,
+    demo::{self, Exec},
+    images, instance,
+    lab::{self, ClusterSource, Extent},
     netns::Namespace,
     process::Process,
     registry,
@@ -216,6 +220,98 @@ async fn an_image_is_pulled_from_the_registries_and_from_the_private_one_only_wi
     .await?;
     lab::down(&instance.parse()?, &progress).await?;
     assert_eq!(remains(instance)?, Vec::<String>::new());
+    Ok(())
+}
+
+#[tokio::test]
+async fn the_demo_shows_a_peer_verified_on_the_other_host_also_after_everything_was_killed() -> Result<()> {
+    let progress = Progress::silent();
+    let (own, joining) = ("e2e-demo", "e2e-join");
+    for instance in [joining, own] {
+        lab::down(&instance.parse()?, &progress).await?;
+    }
+    let whole = Options {
+        extent: Extent::Whole,
+        ..options(own)?
+    };
+    let lab = Lab::up(&whole, &progress).await?;
+    let check = |shown: &demo::Shown| -> Result<()> {
+        ensure!(
+            shown.placed.len() == 4,
+            "not three replicas and a client: {shown:?}"
+        );
+        for placed in &shown.placed {
+            let account = placed.pod.split('-').next().unwrap_or_default();
+            let identity = format!("spiffe://cluster.local/ns/demo/sa/{account}");
+            ensure!(placed.identity.as_deref() == Some(&*identity), "{placed:?}");
+        }
+        let request = shown.request.as_ref().context("no request was made")?;
+        ensure!(request.client.host != request.server.host, "{request:?}");
+        ensure!(
+            request.verified == "spiffe://cluster.local/ns/demo/sa/client",
+            "{request:?}"
+        );
+        ensure!(
+            request
+                .seen_from
+                .starts_with(&format!("{}:", request.client.address)),
+            "{request:?}"
+        );
+        Ok(())
+    };
+    let before = demo::run(&lab, Exec::Works, &progress).await?;
+    check(&before)?;
+    for component in Component::all(lab.layout()) {
+        component.kill(lab.layout()).await?;
+    }
+    let lab = Lab::up(&whole, &progress).await?;
+    let after = demo::run(&lab, Exec::Works, &progress).await?;
+    check(&after)?;
+    let pods = |shown: &demo::Shown| {
+        shown
+            .placed
+            .iter()
+            .map(|p| (p.pod.clone(), p.address.clone()))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(
+        pods(&after),
+        pods(&before),
+        "pods were lost with the processes that look after them"
+    );
+
+    // A second pool joins the cluster, and leaves it as it was.
+    let kubeconfig = lab.layout().kubeconfig();
+    let joined = Options {
+        extent: Extent::Whole,
+        cluster: ClusterSource::Joined {
+            kubeconfig,
+            node_address: None,
+        },
+        hosts: 1,
+        ..options(joining)?
+    };
+    let second = Lab::up(&joined, &progress).await?;
+    let nodes: Api<Node> = Api::all(lab.client());
+    nodes
+        .get(&second.layout().node_name())
+        .await
+        .context("the second node is not in the first's cluster")?;
+    lab::down(&joining.parse()?, &progress).await?;
+    assert_eq!(remains(joining)?, Vec::<String>::new());
+    ensure!(
+        nodes.get_opt(&second.layout().node_name()).await?.is_none(),
+        "its Node is left"
+    );
+    let requests: Api<CertificateSigningRequest> = Api::all(lab.client());
+    let left = requests.list(&ListParams::default()).await?;
+    ensure!(
+        left.iter().all(|request| !request.name_any().contains(joining)),
+        "its certificate requests are left"
+    );
+
+    lab::down(&own.parse()?, &progress).await?;
+    assert_eq!(remains(own)?, Vec::<String>::new());
     Ok(())
 }
 
