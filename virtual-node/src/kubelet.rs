@@ -266,6 +266,12 @@ enum Refused {
         pod: String,
         container: String,
     },
+    #[error("container {container:?} in pod {pod:?} is waiting to start: {why}")]
+    Waiting {
+        pod: String,
+        container: String,
+        why: String,
+    },
     #[error("{0}: {1}")]
     Parameter(&'static str, String),
     #[error("the connection cannot be upgraded: send Connection: Upgrade")]
@@ -283,11 +289,22 @@ impl IntoResponse for Refused {
         let status = match &self {
             Self::NoPod { .. } | Self::AnotherPod { .. } | Self::NoContainer { .. } => StatusCode::NOT_FOUND,
             Self::Call(CallError::NotFound { .. }) => StatusCode::NOT_FOUND,
-            Self::Parameter(..) | Self::NoUpgrade | Self::NotStarted { .. } => StatusCode::BAD_REQUEST,
+            Self::Parameter(..) | Self::NoUpgrade | Self::NotStarted { .. } | Self::Waiting { .. } => {
+                StatusCode::BAD_REQUEST
+            }
             Self::Call(CallError::Invalid { .. } | CallError::Refused { .. }) => StatusCode::BAD_REQUEST,
             Self::NoHost | Self::NoAnswer | Self::Call(_) => StatusCode::BAD_GATEWAY,
         };
-        (status, self.to_string()).into_response()
+        // The caller asked for a container, not for a host.
+        let text = match self {
+            Self::Call(
+                CallError::NotFound { message, .. }
+                | CallError::Invalid { message, .. }
+                | CallError::Refused { message, .. },
+            ) => message,
+            refused => refused.to_string(),
+        };
+        (status, text).into_response()
     }
 }
 

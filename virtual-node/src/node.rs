@@ -185,7 +185,9 @@ impl Registration {
     }
 
     fn announce(&mut self, node: &Node, ready: bool) {
-        if self.ready.replace(ready) == Some(ready) {
+        let before = self.ready.replace(ready);
+        // It begins not ready: nothing to tell before it first is.
+        if before == Some(ready) || before.is_none() && !ready {
             return;
         }
         let (reason, word) = if ready {

@@ -7,9 +7,13 @@ use axum::{
 };
 use futures::StreamExt;
 use jiff::{SignedDuration, Timestamp};
-use pool_agent_api::{SandboxKey, status::wire_timestamp, wire};
+use pool_agent_api::{
+    SandboxKey,
+    status::{ContainerState, wire_timestamp},
+    wire,
+};
 
-use super::{Context, Refused, has_container};
+use super::{Context, Found, Refused, has_container};
 
 pub(super) async fn logs(
     State(context): State<Context>,
@@ -18,6 +22,7 @@ pub(super) async fn logs(
 ) -> Result<Response, Refused> {
     let (host, key, found) = context.sandbox(&namespace, &pod, None).await?;
     has_container(&found, &container)?;
+    readable(&found, &pod, &container)?;
     let request = request(
         &key,
         &container,
@@ -28,6 +33,31 @@ pub(super) async fn logs(
     // A status after the first byte can only cut the response short.
     let body = Body::from_stream(chunks.map(|chunk| chunk.map(|c| c.data)));
     Ok(([("content-type", "text/plain; charset=utf-8")], body).into_response())
+}
+
+/// A container that has never run has no log: a kubelet's own words on why.
+fn readable(found: &Found, pod: &str, container: &str) -> Result<(), Refused> {
+    let sandbox = found.sandbox.as_ref().map(|(_, status)| status);
+    let mut statuses = sandbox
+        .into_iter()
+        .flat_map(|s| s.init_containers.iter().chain(&s.containers));
+    let why = match statuses.find(|c| c.name.as_str() == container) {
+        Some(status) if status.last_terminated.is_some() => return Ok(()),
+        Some(status) => match &status.state {
+            ContainerState::Waiting { reason, .. } => match reason.as_str() {
+                "ErrImagePull" => "image can't be pulled",
+                "ImagePullBackOff" => "trying and failing to pull image",
+                reason => reason,
+            },
+            ContainerState::Running { .. } | ContainerState::Terminated(_) => return Ok(()),
+        },
+        None => "ContainerCreating",
+    };
+    Err(Refused::Waiting {
+        pod: pod.to_owned(),
+        container: container.to_owned(),
+        why: why.to_owned(),
+    })
 }
 
 /// The parameters of Kubernetes' PodLogOptions.

@@ -122,6 +122,7 @@ fn next(mut lease: Lease, name: &str, uid: &str, now: Timestamp) -> Lease {
         Some(after) => now.max(after),
         None => now,
     };
+    spec.acquire_time.get_or_insert(MicroTime(now));
     spec.holder_identity = Some(name.to_owned());
     spec.lease_duration_seconds = Some(DURATION_SECONDS);
     spec.renew_time = Some(MicroTime(now));

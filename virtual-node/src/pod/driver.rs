@@ -588,7 +588,7 @@ impl Driver {
                 self.step(Event::Accepted);
             }
             Ok(Err(refusal)) => {
-                info!(reason = ?refusal.reason, message = refusal.message, "the host refused the pod");
+                info!(reason = ?refusal.reason, detail = refusal.message, "the host refused the pod");
                 if refusal.reason.another_host_may_accept()
                     && let Some(place) = self.lifecycle.place().cloned()
                 {
@@ -774,7 +774,7 @@ impl Driver {
     fn conclude(&mut self, verdict: Verdict) {
         warn!(
             reason = verdict.reason,
-            message = verdict.message,
+            detail = verdict.message,
             "the pod cannot run"
         );
         self.record(Severity::Warning, &verdict.reason, &verdict.message);
@@ -1169,6 +1169,16 @@ async fn sleep_until(at: Option<Instant>) {
     }
 }
 
+/// One line in the log for a call that is repeated until it succeeds.
+fn retried(error: &CallError, told: &mut bool, call: &'static str) {
+    let error = error as &dyn std::error::Error;
+    if std::mem::replace(told, true) {
+        debug!(error, call, "a call is repeated again");
+    } else {
+        warn!(error, call, "a call is repeated until the host answers");
+    }
+}
+
 /// Repeats until the host answers.
 async fn stop(pool: Pool, uid: PodUid, place: Place, grace: Duration) -> Done {
     let key = SandboxKey {
@@ -1176,6 +1186,7 @@ async fn stop(pool: Pool, uid: PodUid, place: Place, grace: Duration) -> Done {
         attempt: place.attempt,
     };
     let mut retries = retries();
+    let mut told = false;
     loop {
         let Some(host) = pool.host(&place.host) else {
             return Done::Stopped { place, known: false };
@@ -1183,7 +1194,7 @@ async fn stop(pool: Pool, uid: PodUid, place: Place, grace: Duration) -> Done {
         match host.stop(&key, grace).await {
             Ok(()) => return Done::Stopped { place, known: true },
             Err(CallError::NotFound { .. }) => return Done::Stopped { place, known: false },
-            Err(error) => warn!(error = &error as &dyn std::error::Error, "a stop is tried again"),
+            Err(error) => retried(&error, &mut told, "stop"),
         }
         tokio::time::sleep(pause(&mut retries)).await;
     }
@@ -1196,13 +1207,11 @@ async fn forget(pool: Pool, uid: PodUid, place: &Place) {
         attempt: place.attempt,
     };
     let mut retries = retries();
+    let mut told = false;
     while let Some(host) = pool.host(&place.host) {
         match host.forget(&key).await {
             Ok(()) | Err(CallError::NotFound { .. }) => return,
-            Err(error) => warn!(
-                error = &error as &dyn std::error::Error,
-                "a removal is tried again"
-            ),
+            Err(error) => retried(&error, &mut told, "forget"),
         }
         tokio::time::sleep(pause(&mut retries)).await;
     }
