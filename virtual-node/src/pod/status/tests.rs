@@ -383,14 +383,11 @@ fn a_patch_names_only_what_differs_and_whom_it_is_for() {
 
 #[test]
 fn a_new_address_takes_the_place_of_the_old_one() {
-    let mut old = PodStatus::default();
-    old.pod_ips = Some(vec![PodIP {
-        ip: "10.77.1.2".into(),
-    }]);
-    let mut new = PodStatus::default();
-    new.pod_ips = Some(vec![PodIP {
-        ip: "10.77.1.9".into(),
-    }]);
+    let with = |ip: &str| PodStatus {
+        pod_ips: Some(vec![PodIP { ip: ip.to_owned() }]),
+        ..PodStatus::default()
+    };
+    let (old, new) = (with("10.77.1.2"), with("10.77.1.9"));
     let change = patch("u", &old, &new).unwrap();
     assert_eq!(
         change["status"]["podIPs"],
