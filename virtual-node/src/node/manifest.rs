@@ -226,14 +226,14 @@ fn settled(old: Option<&Value>, new: &Value) -> bool {
 }
 
 fn quantities(r: Resources) -> BTreeMap<String, Quantity> {
-    let cpu = if r.cpu_millis % 1000 == 0 {
+    let cpu = if r.cpu_millis.is_multiple_of(1000) {
         (r.cpu_millis / 1000).to_string()
     } else {
         format!("{}m", r.cpu_millis)
     };
     // In the API server's own spelling: it gives back what it was told.
     let bytes = |n: u64| {
-        if n % 1024 == 0 && n > 0 {
+        if n > 0 && n.is_multiple_of(1024) {
             format!("{}Ki", n / 1024)
         } else {
             n.to_string()

@@ -14,6 +14,9 @@ use pool_agent_api::{HostName, PodUid, Resources};
 
 use crate::pool::HostTable;
 
+/// One of the amounts of a claim.
+type Amount = fn(&Resources) -> u64;
+
 /// What a pod asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Ask {
@@ -191,14 +194,14 @@ impl Table {
         if capacities.iter().any(|c| c.checked_sub(*claim).is_some()) {
             return None;
         }
-        let largest = |of: fn(&Resources) -> u64| capacities.iter().map(of).max().unwrap_or(0);
-        let kinds: [(&'static str, fn(&Resources) -> u64); 4] = [
+        let largest = |of: Amount| capacities.iter().map(of).max().unwrap_or(0);
+        let kinds: [(&'static str, Amount); 4] = [
             ("cpu", |r| r.cpu_millis),
             ("memory", |r| r.memory_bytes),
             ("ephemeral-storage", |r| r.ephemeral_storage_bytes),
             ("pods", |r| u64::from(r.sandboxes)),
         ];
-        let shortage = |(resource, of): (&'static str, fn(&Resources) -> u64)| Shortage {
+        let shortage = |(resource, of): (&'static str, Amount)| Shortage {
             resource,
             requested: of(claim),
             capacity: largest(of),
