@@ -1,7 +1,7 @@
 //! The agent of one pool host: it takes sandboxes from virtual nodes, runs them
 //! in containerd, gives each an address and a mesh attachment, and reports.
 //!
-//! The binary is a thin shell around [`agent::Agent`]. Who calls whom:
+//! The binary is a thin shell around [`agent::run`]. Who calls whom:
 //!
 //! ```text
 //!  virtual-node ──gRPC──▶ service ──▶ host ──▶ admission (pure), ledger (disk)
