@@ -289,6 +289,7 @@ impl MeshRuntime {
                 return Err(in_use());
             }
         }
+        self.metrics.forget_drops(id);
         tracing::info!(tenant = %id, "tenant closed");
         Ok(())
     }

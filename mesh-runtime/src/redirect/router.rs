@@ -42,8 +42,6 @@ const REOPEN: Duration = Duration::from_secs(1);
 
 #[derive(Debug, thiserror::Error)]
 pub enum RouterError {
-    #[error("cannot open {} as a network namespace", path.display())]
-    OpenNetns { path: PathBuf, source: io::Error },
     #[error("cannot start the router's thread")]
     StartThread { source: io::Error },
     #[error("cannot enter {netns}")]

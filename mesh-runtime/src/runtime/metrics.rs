@@ -81,6 +81,14 @@ impl RuntimeMetrics {
         let mut all = self.drops.0.lock().unwrap_or_else(PoisonError::into_inner);
         all.insert(tenant.clone(), drops);
     }
+
+    pub(super) fn forget_drops(&self, tenant: &TenantId) {
+        self.drops
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(tenant);
+    }
 }
 
 impl fmt::Debug for DropCounters {
