@@ -1,1 +1,112 @@
+use super::*;
 
+fn entry(pod: &str, attempt: u32, address: &str) -> Entry {
+    Entry {
+        key: SandboxKey {
+            pod: pod.parse().unwrap(),
+            attempt: Attempt::parse("", attempt).unwrap(),
+        },
+        tenant: "demo".parse().unwrap(),
+        namespace: "shop".parse().unwrap(),
+        name: "web-0".parse().unwrap(),
+        node_name: "node".into(),
+        claim: Resources {
+            cpu_millis: 1,
+            memory_bytes: 2,
+            ephemeral_storage_bytes: 3,
+            sandboxes: 1,
+        },
+        address: address.parse().unwrap(),
+        accepted_at: Timestamp::from_second(1_700_000_000).unwrap(),
+        stop_by: None,
+    }
+}
+
+#[tokio::test]
+async fn what_was_committed_is_there_after_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("state/ledger");
+    let (a, b) = (entry("a", 1, "10.0.0.2"), entry("b", 1, "10.0.0.3"));
+    let by = Timestamp::from_second(1_700_000_100).unwrap();
+    let (ledger, contents) = Ledger::open(&path).unwrap();
+    assert_eq!((contents.generation, contents.admitted.len()), (1, 0));
+    ledger
+        .commit(vec![Record::Admitted(a.clone()), Record::Admitted(b.clone())])
+        .await
+        .unwrap();
+    ledger
+        .commit(vec![Record::Stopping(b.key.clone(), by)])
+        .await
+        .unwrap();
+    ledger.commit(vec![Record::Ended(a.key.clone())]).await.unwrap();
+    drop(ledger);
+    for generation in [2, 3] {
+        let (_, contents) = Ledger::open(&path).unwrap();
+        assert_eq!(contents.generation, generation);
+        assert_eq!(contents.ended, [a.key.clone()]);
+        assert_eq!(contents.last_address.values().next(), Some(&b.address));
+        let known = Entry {
+            stop_by: Some(by),
+            ..b.clone()
+        };
+        assert_eq!(contents.admitted.into_values().collect::<Vec<_>>(), [known]);
+    }
+}
+
+#[tokio::test]
+async fn a_torn_last_line_is_cut_off_and_other_damage_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("ledger");
+    let (ledger, _) = Ledger::open(&path).unwrap();
+    for (pod, address) in [("a", "10.0.0.2"), ("b", "10.0.0.3")] {
+        ledger
+            .commit(vec![Record::Admitted(entry(pod, 1, address))])
+            .await
+            .unwrap();
+    }
+    drop(ledger);
+    let whole = std::fs::read(&path).unwrap();
+    let last = whole[..whole.len() - 1]
+        .iter()
+        .rposition(|&b| b == b'\n')
+        .unwrap()
+        + 1;
+    for cut in [last + 1, whole.len() - 1] {
+        std::fs::write(&path, &whole[..cut]).unwrap();
+        let (_, contents) = Ledger::open(&path).unwrap();
+        assert_eq!(contents.admitted.len(), 1, "cut at {cut}");
+    }
+    for at in [0, 20, last - 2, last + 3] {
+        let mut damaged = whole.clone();
+        damaged[at] ^= 0x01;
+        std::fs::write(&path, &damaged).unwrap();
+        assert!(
+            matches!(Ledger::open(&path), Err(LedgerError::Damaged { .. })),
+            "damaged at {at}"
+        );
+        assert_eq!(
+            std::fs::read(&path).unwrap(),
+            damaged,
+            "it is left for a person to look at"
+        );
+    }
+}
+
+#[tokio::test]
+async fn commits_that_come_together_are_all_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("ledger");
+    let (ledger, _) = Ledger::open(&path).unwrap();
+    let commits = (0..100).map(|i| {
+        let ledger = ledger.clone();
+        async move {
+            let record = Record::Admitted(entry(&format!("p{i}"), 1, "10.0.0.2"));
+            ledger.commit(vec![record]).await
+        }
+    });
+    for result in futures::future::join_all(commits).await {
+        result.unwrap();
+    }
+    drop(ledger);
+    assert_eq!(Ledger::open(&path).unwrap().1.admitted.len(), 100);
+}
