@@ -145,15 +145,25 @@ async fn a_tuple_in_time_wait_is_taken_again_at_once() {
 
     let connect = || {
         space.run(|| {
-            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-            socket.set_reuse_address(true).unwrap();
-            socket
-                .bind(&SocketAddr::from((pod.address, 40_000)).into())
-                .unwrap();
-            socket
-                .connect_timeout(&SocketAddr::from((VIP, 80)).into(), DEADLINE)
-                .unwrap();
-            std::net::TcpStream::from(socket)
+            let started = std::time::Instant::now();
+            loop {
+                let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+                socket.set_reuse_address(true).unwrap();
+                socket
+                    .bind(&SocketAddr::from((pod.address, 40_000)).into())
+                    .unwrap();
+                match socket.connect_timeout(&SocketAddr::from((VIP, 80)).into(), DEADLINE) {
+                    Ok(()) => return std::net::TcpStream::from(socket),
+                    // The pod's own last ACK is still under way, so its end is taken.
+                    Err(e)
+                        if e.kind() == std::io::ErrorKind::AddrNotAvailable
+                            && started.elapsed() < DEADLINE =>
+                    {
+                        std::thread::yield_now();
+                    }
+                    Err(e) => panic!("no connection: {e}"),
+                }
+            }
         })
     };
     for _ in 0..50 {

@@ -27,6 +27,7 @@ use pool_agent_api::{Attempt, SandboxKey, Tenant, tenant::MeshControl};
 use prometheus_client::registry::Registry;
 use socket2::{Domain, Socket, Type};
 use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpSocket, TcpStream, UdpSocket},
     time::timeout,
 };
@@ -485,5 +486,21 @@ impl Lab {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.hosts[host].registry).unwrap();
         text
+    }
+}
+
+/// Whether an echo comes back over the connection.
+pub(crate) async fn lives(stream: &mut TcpStream) -> bool {
+    let mut got = [0];
+    stream.write_all(b"x").await.is_ok() && within("echo or end", stream.read_exact(&mut got)).await.is_ok()
+}
+
+/// The same for a connection to be: a proxy that refuses it may reset it before
+/// `connect` has returned.
+pub(crate) async fn carries(connected: std::io::Result<TcpStream>) -> bool {
+    match connected {
+        Ok(mut stream) => lives(&mut stream).await,
+        Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => false,
+        Err(e) => panic!("neither connected nor refused: {e}"),
     }
 }

@@ -2,12 +2,9 @@
 
 use std::time::Duration;
 
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::lab::{Lab, Pod, VIP, service, until, within};
+use crate::lab::{Lab, Pod, VIP, carries, lives, service, until, within};
 
 fn echo(pod: &Pod) {
     let listener = pod.listen(8080);
@@ -19,11 +16,6 @@ fn echo(pod: &Pod) {
             });
         }
     });
-}
-
-async fn lives(stream: &mut TcpStream) -> bool {
-    let mut got = [0];
-    stream.write_all(b"x").await.is_ok() && within("echo or end", stream.read_exact(&mut got)).await.is_ok()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -46,7 +38,7 @@ async fn a_pod_that_goes_lets_its_connections_end_and_then_cuts_them() {
         let mut rest = Vec::new();
         within("its end", ending.read_to_end(&mut rest)).await.unwrap();
         assert!(
-            !lives(&mut client.connect(web.at(8080)).await.unwrap()).await,
+            !carries(client.connect(web.at(8080)).await).await,
             "a new one was taken"
         );
     };
@@ -151,5 +143,5 @@ async fn a_resource_that_cannot_be_taken_is_refused_by_name_and_the_rest_is_take
     );
     lab.control.remove_address(&web.uid());
     lab.control.settled().await;
-    assert!(!lives(&mut client.connect((VIP, 80)).await.unwrap()).await);
+    assert!(!carries(client.connect((VIP, 80)).await).await);
 }

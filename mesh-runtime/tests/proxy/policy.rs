@@ -3,12 +3,9 @@
 use mesh_api::istio::security::{
     Action, Authorization, Group, Match, Rules, Scope, StringMatch, string_match::MatchType,
 };
-use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
-};
+use tokio::{io::AsyncReadExt, net::TcpStream};
 
-use crate::lab::{Lab, NAMESPACE, Pod, TRUST_DOMAIN, until, within};
+use crate::lab::{Lab, NAMESPACE, Pod, TRUST_DOMAIN, carries, lives, until, within};
 
 fn policy(action: Action, scope: Scope, account: &str) -> Authorization {
     Authorization {
@@ -45,11 +42,6 @@ fn serve(pod: &Pod) {
     });
 }
 
-async fn lives(stream: &mut TcpStream) -> bool {
-    let mut got = [0];
-    stream.write_all(b"x").await.is_ok() && within("echo or end", stream.read_exact(&mut got)).await.is_ok()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn policies_hold_for_tunnels_neighbours_and_plaintext() {
     let lab = Lab::new().await;
@@ -60,11 +52,11 @@ async fn policies_hold_for_tunnels_neighbours_and_plaintext() {
     serve(&web);
     lab.control.policy(policy(Action::Allow, Scope::Namespace, "far"));
     lab.control.settled().await;
-    let open = async |pod: &Pod| lives(&mut pod.connect(web.at(8080)).await.unwrap()).await;
+    let open = async |pod: &Pod| carries(pod.connect(web.at(8080)).await).await;
     assert!(open(&far).await);
     assert!(!open(&other).await);
     assert!(!open(&near).await);
-    assert!(!lives(&mut lab.wire.connect(web.at(8080)).await.unwrap()).await);
+    assert!(!carries(lab.wire.connect(web.at(8080)).await).await);
     lab.control
         .policy(policy(Action::Allow, Scope::Namespace, "near"));
     lab.control.settled().await;
@@ -73,7 +65,7 @@ async fn policies_hold_for_tunnels_neighbours_and_plaintext() {
     lab.control.remove_policy(&format!("{NAMESPACE}/p"));
     lab.control.settled().await;
     assert!(open(&other).await);
-    assert!(lives(&mut lab.wire.connect(web.at(8080)).await.unwrap()).await);
+    assert!(carries(lab.wire.connect(web.at(8080)).await).await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -125,7 +117,7 @@ async fn a_policy_that_a_workload_lists_later_cuts_too() {
         Ok(1..)
     ));
     until("a new one is refused", async || {
-        !lives(&mut far.connect(web.at(8080)).await.unwrap()).await
+        !carries(far.connect(web.at(8080)).await).await
     })
     .await;
 }
