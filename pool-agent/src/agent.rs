@@ -62,7 +62,7 @@ pub enum AgentError {
     #[error("asking the container runtime for its version")]
     Runtime(#[source] CriError),
     #[error("taking over what is on the host")]
-    Adopt(#[from] AdoptError),
+    Adopt(#[source] Box<AdoptError>),
     #[error(transparent)]
     Cni(#[from] ListenError),
     #[error("listening on {address}")]
@@ -136,7 +136,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         network,
         Admission::new(config.capacity),
     )
-    .await?;
+    .await
+    .map_err(|source| AgentError::Adopt(Box::new(source)))?;
     tokio::spawn(cni::serve(cni, desk));
     tokio::spawn(events::watch(
         runtime,
@@ -236,9 +237,7 @@ pub fn detect(state_dir: &Path) -> Resources {
     let disk = state_dir
         .ancestors()
         .find_map(|path| nix::sys::statvfs::statvfs(path).ok())
-        .map_or(0, |fs| {
-            u64::from(fs.blocks()).saturating_mul(u64::from(fs.fragment_size()))
-        });
+        .map_or(0, |fs| fs.blocks().saturating_mul(fs.fragment_size()));
     Resources {
         cpu_millis: u64::try_from(cpus).unwrap_or(1).saturating_mul(1000),
         memory_bytes: memory_kib.saturating_mul(1024),

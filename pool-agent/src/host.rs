@@ -124,7 +124,7 @@ struct Resident {
     commands: mpsc::Sender<Command>,
     progress: watch::Receiver<Progress>,
     /// Its admission is on disk (true), or could not be put there (false).
-    durable: watch::Receiver<Option<bool>>,
+    durable: Durable,
     /// Nothing is left of it, and the ledger says so.
     ended: watch::Receiver<bool>,
 }
@@ -165,6 +165,9 @@ fn resident(tenant: &TenantId) -> (Resident, Ends) {
     };
     (resident, ends)
 }
+
+/// Whether what was admitted is on disk: None while it is being written.
+type Durable = watch::Receiver<Option<bool>>;
 
 impl Host {
     pub fn free(&self) -> Resources {
@@ -274,7 +277,7 @@ impl Host {
         let dirs = self.inner.shop.layout.sandbox(&key);
         let kept = tokio::task::spawn_blocking(move || write_spec(&dirs, spec))
             .await
-            .unwrap_or_else(|_| Err(SpecFileError::BrokeOff));
+            .unwrap_or(Err(SpecFileError::BrokeOff));
         let recorded = match kept {
             Ok(()) => self
                 .inner
@@ -304,10 +307,7 @@ impl Host {
     }
 
     /// Admission's answer; a repetition (Err) waits for what comes of the first.
-    fn admit(
-        &self,
-        spec: &Arc<SandboxSpec>,
-    ) -> Result<Result<Newcomer, Option<watch::Receiver<Option<bool>>>>, Refusal> {
+    fn admit(&self, spec: &Arc<SandboxSpec>) -> Result<Result<Newcomer, Option<Durable>>, Refusal> {
         let mut state = self.state();
         match state.admission.admit(spec)? {
             Answer::Repeated => Ok(Err(state.residents.get(&spec.key).map(|r| r.durable.clone()))),
@@ -547,7 +547,7 @@ async fn tell(resident: &Resident, command: Command) {
 }
 
 /// The answer to a repeated start: that of the first, once it is known.
-async fn repeated(durable: Option<watch::Receiver<Option<bool>>>) -> Result<(), StartError> {
+async fn repeated(durable: Option<Durable>) -> Result<(), StartError> {
     let Some(mut durable) = durable else {
         return Err(StartError::OtherFailed);
     };

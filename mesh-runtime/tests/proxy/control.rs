@@ -89,11 +89,14 @@ fn params(uris: &[&str], life: Duration) -> CertificateParams {
     params
 }
 
+/// A resource's version and bytes; None once it was removed.
+type Versioned = (u64, Option<Vec<u8>>);
+
 /// What is told, by type and name; with the number of the change that put it
 /// there, which is its version too.
 #[derive(Default)]
 struct Told {
-    resources: BTreeMap<(&'static str, String), (u64, Option<Vec<u8>>)>,
+    resources: BTreeMap<(&'static str, String), Versioned>,
     changes: u64,
 }
 

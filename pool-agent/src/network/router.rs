@@ -188,7 +188,7 @@ fn hold_namespace(path: &Path) -> io::Result<()> {
 fn is_namespace(path: &Path) -> bool {
     /// `NSFS_MAGIC` of linux/magic.h.
     const NSFS: i64 = 0x6e73_6673;
-    nix::sys::statfs::statfs(path).is_ok_and(|fs| i64::from(fs.filesystem_type().0) == NSFS)
+    nix::sys::statfs::statfs(path).is_ok_and(|fs| fs.filesystem_type().0 == NSFS)
 }
 
 /// Removes the pair to the host with its routes, and the namespace.
