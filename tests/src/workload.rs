@@ -51,6 +51,10 @@ pub fn service(name: &str) -> Value {
     })
 }
 
+pub fn service_account(name: &str) -> Value {
+    json!({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name}})
+}
+
 pub fn config_map(name: &str, data: Value) -> Value {
     json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data})
 }
@@ -105,7 +109,7 @@ pub fn agnhost(args: &[&str]) -> Value {
 /// agnhost's HTTP server on [`PORT`].
 pub fn netexec() -> Value {
     merge(
-        agnhost(&["netexec", &format!("--http-port={PORT}"), "--udp-port=-1"]),
+        agnhost(&["netexec", &format!("--http-port={PORT}")]),
         json!({"readinessProbe": {"httpGet": {"port": PORT, "path": "/healthz"}, "periodSeconds": 1}}),
     )
 }
