@@ -1,5 +1,5 @@
 //! DNS for the pods of one tenant on this host. Cluster names are answered from
-//! the mesh's state ([`answer`]), all else is passed on to the tenant's name
+//! the mesh's state ([`answer()`]), all else is passed on to the tenant's name
 //! servers ([`upstream`]).
 //!
 //! `proxy` starts it on the two DNS listeners; what arrives there was sent by a

@@ -108,7 +108,7 @@ pub struct Packets {
     pub packets: Vec<Packet>,
 }
 
-/// One IPv4 packet; everything else on the wire is counted as [`Packet::other`].
+/// One IPv4 packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Packet {
     Tcp {

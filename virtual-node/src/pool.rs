@@ -8,7 +8,7 @@
 //!
 //! What always holds: a peer is the host whose name its certificate bears, or
 //! there is no connection; a sandbox that a host does not list in a snapshot is
-//! reported as [`PoolEvent::Missing`] before that snapshot's `Synced`.
+//! reported as [`News::Missing`] before that snapshot's `Synced`.
 
 mod channel;
 mod link;

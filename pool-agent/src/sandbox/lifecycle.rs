@@ -540,7 +540,12 @@ impl Lifecycle {
         let may_start = turn && self.may_start();
         let image = self.container_spec(slot).image.clone();
         let container = &mut self.containers[slot.0];
-        if let Image::Failed { trouble, since, until } = &container.image {
+        if let Image::Failed {
+            trouble,
+            since,
+            until,
+        } = &container.image
+        {
             if now >= *until {
                 container.image = Image::Unknown;
             } else if trouble.reason == "ErrImagePull" && now >= *since && !container.announced_backoff {

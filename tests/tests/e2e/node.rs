@@ -114,7 +114,11 @@ async fn the_node_is_ready_and_says_what_a_kubelet_says(scope: &Scope) -> anyhow
 async fn the_lease_is_renewed_and_belongs_to_the_node(scope: &Scope) -> anyhow::Result<()> {
     let name = scope.node_name();
     let node = nodes(scope).get(&name).await?;
-    let first = leases(scope).get(&name).await?;
+    let first = scope
+        .wait("the lease", async || {
+            leases(scope).get(&name).await.map_err(|e| e.to_string())
+        })
+        .await?;
     let owners = first.owner_references();
     ensure!(
         owners.len() == 1 && Some(&owners[0].uid) == node.metadata.uid.as_ref() && owners[0].kind == "Node",

@@ -26,7 +26,7 @@ pub(super) async fn renew(
     client: Client,
     name: String,
     mut uids: watch::Receiver<Option<String>>,
-    hosts: watch::Receiver<HostTable>,
+    mut hosts: watch::Receiver<HostTable>,
     shutdown: CancellationToken,
 ) {
     let api = Api::<Lease>::namespaced(client, NAMESPACE);
@@ -38,6 +38,10 @@ pub(super) async fn renew(
         tokio::select! {
             () = shutdown.cancelled() => return,
             changed = uids.changed() => if changed.is_err() {
+                return;
+            },
+            // A node that has just got its first host does not wait for the next turn.
+            changed = hosts.changed(), if gated => if changed.is_err() {
                 return;
             },
             _ = ticks.tick() => {}

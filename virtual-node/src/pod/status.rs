@@ -1,7 +1,7 @@
 //! A pod's status, from what its host reports: what `kubectl get pod` shows.
 //!
 //! Pure; called by the pod's driver whenever something changed. [`status`]
-//! computes the whole status, [`patch`] what has to be written of it.
+//! computes the whole status, [`patch()`] what has to be written of it.
 //!
 //! What always holds:
 //! - a phase never leaves `Succeeded` or `Failed`, and never falls back from
