@@ -688,7 +688,7 @@ async fn a_pod_whose_config_map_volume_is_missing_starts_once_it_is_there(
     scope: &Scope,
 ) -> anyhow::Result<()> {
     let main = merge(
-        shell("cat /paint/colour; sleep 3600"),
+        shell("cat /paint/colour; echo; sleep 3600"),
         json!({"volumeMounts": [{"name": "paint", "mountPath": "/paint"}]}),
     );
     scope
