@@ -7,7 +7,7 @@
 //! probe storm ADDRESS TEXT PERIOD     a new connection every PERIOD ms, one line each, for ever
 //! probe hold ADDRESS TEXT PERIOD      one connection, TEXT echoed every PERIOD ms, until it breaks
 //! probe frame DEVICE FROM ADDRESS udp|syn|ack|arp TEXT [MAC]   a raw frame by AF_PACKET
-//! probe garbage ADDRESS               a connection that sends what nobody can read
+//! probe bulk ADDRESS BYTES            so many bytes out and back at once, then half closed
 //! ```
 //! Times out by itself after five seconds; prints one line for what it found.
 
@@ -16,7 +16,7 @@ use std::{
     ffi::{c_int, c_void},
     io::{self, BufRead, BufReader, Read, Write},
     mem::size_of,
-    net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream},
+    net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, TcpStream},
     os::fd::FromRawFd,
     process::ExitCode,
     thread,
@@ -34,7 +34,7 @@ fn main() -> ExitCode {
         ["storm", address, text, period] => storm(address, text, period),
         ["hold", address, text, period] => hold(address, text, period),
         ["frame", device, from, to, kind, text, rest @ ..] => frame(device, from, to, kind, text, rest),
-        ["garbage", address] => garbage(address),
+        ["bulk", address, bytes] => bulk(address, bytes),
         _ => Err(wrong("see the first lines of probe.rs")),
     };
     match done {
@@ -152,17 +152,48 @@ fn hold(address: &str, text: &str, period: &str) -> io::Result<()> {
     Ok(())
 }
 
-fn garbage(address: &str) -> io::Result<()> {
-    let mut connection = connect("-", address)?;
-    connection.set_read_timeout(Some(PATIENCE))?;
-    let noise: Vec<u8> = (0..4096u32)
-        .map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
-        .collect();
-    connection.write_all(&noise)?;
-    let mut back = Vec::new();
-    let read = connection.read_to_end(&mut back);
-    println!("sent {}, got {} bytes, {read:?}", noise.len(), back.len());
+fn bulk(address: &str, bytes: &str) -> io::Result<()> {
+    let bytes: u64 = parse(bytes)?;
+    let (connection, told) = converse("-", address, "hello")?;
+    let mut sending = connection.try_clone()?;
+    let sender = thread::spawn(move || -> io::Result<()> {
+        for chunk in noise(bytes) {
+            sending.write_all(&chunk)?;
+        }
+        // The echo goes on until it has seen this.
+        sending.shutdown(Shutdown::Write)
+    });
+    let mut reader = BufReader::new(connection);
+    for chunk in noise(bytes) {
+        let mut back = vec![0; chunk.len()];
+        reader.read_exact(&mut back)?;
+        if back != chunk {
+            return Err(io::Error::other("the echo differs"));
+        }
+    }
+    sender
+        .join()
+        .map_err(|_| io::Error::other("the sender panicked"))??;
+    match reader.read(&mut [0])? {
+        0 => println!("{bytes} bytes and the end, {told}"),
+        _ => return Err(io::Error::other("there is more than was sent")),
+    }
     Ok(())
+}
+
+/// The same bytes each time, in chunks, that no two places share.
+fn noise(bytes: u64) -> impl Iterator<Item = Vec<u8>> {
+    const CHUNK: u64 = 50_000;
+    (0..bytes.div_ceil(CHUNK)).map(move |index| {
+        let length = CHUNK.min(bytes - index * CHUNK);
+        let mut state = index + 1;
+        (0..length)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                (state >> 56) as u8
+            })
+            .collect()
+    })
 }
 
 /// By hand, because std cannot choose where a connection comes from.

@@ -6,6 +6,7 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::OsString,
     net::{Ipv4Addr, SocketAddrV4},
     path::Path,
     process::Stdio,
@@ -13,7 +14,6 @@ use std::{
 };
 
 use anyhow::{Context, bail, ensure};
-use spindrift_local::netns::Namespace;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, BufReader},
     process::{Child, Command},
@@ -27,12 +27,16 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Starts, and returns once packets are being written.
-    pub async fn start(namespace: &Namespace, device: &str) -> anyhow::Result<Self> {
+    /// Listens on a device of the network namespace that the file is, and
+    /// returns once packets are being written.
+    pub async fn start(namespace: &Path, device: &str) -> anyhow::Result<Self> {
         let directory = tempfile::tempdir()?;
+        let mut enter = OsString::from("--net=");
+        enter.push(namespace);
         let mut command = Command::new("nsenter");
         command
-            .args(namespace.launcher().iter().skip(1))
+            .arg(enter)
+            .arg("--")
             // Every packet at once into the file, whole, as root.
             .args([
                 "tcpdump",

@@ -1,5 +1,4 @@
-//! The test program for inside pods (`images/probe.rs`), as an image on every
-//! host.
+//! The test programs for inside pods (`images/`), as one image on every host.
 
 use std::path::Path;
 
@@ -12,8 +11,9 @@ pub const PROBE: Image = Image {
 
 /// Builds the image if need be and gives it to each host.
 pub async fn import(lab: &Lab, cache: &Cache, progress: &Progress) -> anyhow::Result<()> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("images/probe.rs");
-    let archive = artifacts::program_image(cache, PROBE, &source, progress).await?;
+    let sources =
+        ["probe.rs", "fetch.go"].map(|name| Path::new(env!("CARGO_MANIFEST_DIR")).join("images").join(name));
+    let archive = artifacts::program_image(cache, PROBE, &sources, progress).await?;
     for host in &lab.topology().hosts {
         if let Some(runtime) = lab.runtime(&host.name) {
             runtime.import_archive(PROBE, &archive).await?;

@@ -9,10 +9,15 @@ use std::{path::PathBuf, sync::Arc};
 
 use anyhow::Context;
 use clap::Parser;
-use spindrift_local::{InstanceName, Lab, Options, Progress, cache::Cache, lab};
+use spindrift_local::{
+    InstanceName, Lab, Options, Progress, cache::Cache, images::BUSYBOX_IMAGE, lab, registry,
+};
 use tokio::sync::{OnceCell, OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
 use crate::program;
+
+/// What the lab's registries hold of images: a busybox that no host has yet.
+pub const PULLED: &str = "e2e/busybox:1";
 
 /// What may be set from outside; the test runner's own arguments are not ours.
 #[derive(Debug, Parser)]
@@ -106,8 +111,12 @@ impl Stage {
                 .await
                 .context("cannot remove the lab of an earlier run")?;
         }
-        let options = Options::for_tests(self.settings.instance.clone(), self.settings.cache());
+        let options = Options {
+            registry: true,
+            ..Options::for_tests(self.settings.instance.clone(), self.settings.cache())
+        };
         let lab = Lab::up(&options, &progress).await?;
+        registry::push(&lab.topology().lab, lab.images(), BUSYBOX_IMAGE, PULLED).await?;
         program::import(&lab, &Cache::new(options.cache), &progress).await?;
         Ok(lab)
     }

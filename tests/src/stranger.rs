@@ -32,7 +32,11 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
 };
 use spindrift_local::{Lab, netns::Namespace, pki::Credential};
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    time::timeout,
+};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::transport::{Channel, Endpoint};
 
@@ -164,25 +168,41 @@ impl Https {
         let host = self.address.to_string().parse()?;
         request.headers_mut().insert(header::HOST, host);
         let stream = dial_tls(&self.namespace, self.address, &self.credentials, b"http/1.1").await?;
-        let asking = async {
-            let (mut sender, connection) =
-                hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-            tokio::spawn(connection.with_upgrades());
-            let answer: Response<_> = sender.send_request(request).await?;
-            let status = answer.status();
-            // A switched protocol has no end.
-            let body = if status == StatusCode::SWITCHING_PROTOCOLS {
-                Bytes::new()
-            } else {
-                answer.into_body().collect().await?.to_bytes()
-            };
-            anyhow::Ok(Answer {
-                status,
-                body: String::from_utf8_lossy(&body).into_owned(),
-            })
-        };
-        timeout(PATIENCE, asking).await.context("no answer")?
+        ask(stream, request).await
     }
+}
+
+/// One plain HTTP request, as Prometheus would make it.
+pub async fn get_plain(namespace: &Namespace, address: SocketAddr, path: &str) -> anyhow::Result<Answer> {
+    let stream = dial(namespace, address).await?;
+    let request = Request::get(path)
+        .header(header::HOST, address.to_string())
+        .body(Empty::new())?;
+    ask(stream, request).await
+}
+
+/// One request on a connection.
+async fn ask<S>(stream: S, request: Request<Empty<Bytes>>) -> anyhow::Result<Answer>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let asking = async {
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+        tokio::spawn(connection.with_upgrades());
+        let answer: Response<_> = sender.send_request(request).await?;
+        let status = answer.status();
+        // A switched protocol has no end.
+        let body = if status == StatusCode::SWITCHING_PROTOCOLS {
+            Bytes::new()
+        } else {
+            answer.into_body().collect().await?.to_bytes()
+        };
+        anyhow::Ok(Answer {
+            status,
+            body: String::from_utf8_lossy(&body).into_owned(),
+        })
+    };
+    timeout(PATIENCE, asking).await.context("no answer")?
 }
 
 /// A gRPC channel from inside the namespace.

@@ -16,6 +16,7 @@ mod e2e {
     pub(crate) mod mesh;
     pub(crate) mod node;
     pub(crate) mod pods;
+    mod resolver;
     pub(crate) mod suite;
     pub(crate) mod volumes;
 }

@@ -230,12 +230,12 @@ pub async fn images(cache: &Cache, progress: &Progress) -> Result<Images, Artifa
     Ok(Images::in_directory(directory))
 }
 
-/// An image of busybox and one program of ours, as an archive to import: for
-/// tests, which bring their own tools into pods.
+/// An image of busybox and programs of ours, a source file each, as an archive
+/// to import: for tests, which bring their own tools into pods.
 pub async fn program_image(
     cache: &Cache,
     image: images::Image,
-    source: &Path,
+    sources: &[PathBuf],
     progress: &Progress,
 ) -> Result<PathBuf, ArtifactError> {
     let what = "a test image";
@@ -245,15 +245,16 @@ pub async fn program_image(
         .run()
         .await
         .map_err(|source| ArtifactError::Build { what, source })?;
-    let key = Key::default()
+    let key = go_key(&step)
+        .await?
         .text(images::REVISION)
         .text(image.reference)
         .text(&rustc)
-        .file(source)?
         .file(Path::new(images::BUSYBOX))?;
+    let key = sources.iter().try_fold(key, |key, source| key.file(source))?;
     let directory = cache
         .ensure::<ArtifactError>(image.name, key, &step, async |directory: &Path| {
-            images::build_program(directory, image, source).await
+            images::build_programs(directory, image, sources).await
         })
         .await?;
     step.done_quietly();

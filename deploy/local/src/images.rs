@@ -110,12 +110,12 @@ pub(crate) async fn build(
     Ok(())
 }
 
-/// Builds the archive of one image: busybox, and as its entrypoint the program
-/// that one Rust file makes.
-pub(crate) async fn build_program(
+/// Builds the archive of one image: busybox, and a program of each source file,
+/// Rust or Go, under the file's name. The first is the entrypoint.
+pub(crate) async fn build_programs(
     directory: &Path,
     image: Image,
-    source: &Path,
+    sources: &[PathBuf],
 ) -> Result<(), ArtifactError> {
     let failed = |source: ToolError| ArtifactError::Build {
         what: "an image",
@@ -123,8 +123,16 @@ pub(crate) async fn build_program(
     };
     let root = directory.join("root");
     busybox(&root).await?;
-    compile(source, &root.join(image.name)).await.map_err(failed)?;
-    let entrypoint = format!("--config.entrypoint=/{}", image.name);
+    for source in sources {
+        let program = root.join(source.file_stem().unwrap_or_default());
+        if source.extension().is_some_and(|extension| extension == "go") {
+            compile_go(source, &program).await.map_err(failed)?;
+        } else {
+            compile(source, &program).await.map_err(failed)?;
+        }
+    }
+    let first = sources.first().and_then(|source| source.file_stem());
+    let entrypoint = format!("--config.entrypoint=/{}", first.unwrap_or_default().display());
     archive(directory, image, &root, &[&entrypoint])
         .await
         .map_err(failed)?;
@@ -157,6 +165,19 @@ async fn compile(source: &Path, program: &Path) -> Result<(), ToolError> {
         .arg(source)
         .directory(crate::artifacts::workspace())
         .limit(Duration::from_secs(300))
+        .run()
+        .await
+        .map(drop)
+}
+
+/// The same of one file that needs no module but Go's own library.
+async fn compile_go(source: &Path, program: &Path) -> Result<(), ToolError> {
+    Tool::new("go")
+        .args(["build", "-trimpath", "-ldflags", "-s -w", "-o"])
+        .arg(program)
+        .arg(source)
+        .env("CGO_ENABLED", "0")
+        .limit(Duration::from_secs(600))
         .run()
         .await
         .map(drop)
