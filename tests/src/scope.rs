@@ -271,10 +271,18 @@ impl Scope {
             }
         }
         let lines = self.started.all().unwrap_or_else(|error| vec![error.to_string()]);
+        let about = |line: &&String| {
+            // Pods' events were shown as such.
+            let own = line.contains(&self.namespace) && !line.contains("pod event");
+            own || [" WARN ", "ERROR "].iter().any(|level| line.contains(level))
+        };
+        let lines: Vec<&String> = lines.iter().filter(about).collect();
         // The end says why a test gave up, unless it was long ago.
-        const SHOWN: usize = 60;
+        const SHOWN: usize = 40;
+        const WIDTH: usize = 500;
         for line in &lines[lines.len().saturating_sub(SHOWN)..] {
-            writeln!(told, "  log {line}").ok();
+            let line = line.replace(&self.namespace, "NS");
+            writeln!(told, "  log {}", line.chars().take(WIDTH).collect::<String>()).ok();
         }
         told
     }

@@ -109,7 +109,7 @@ pub fn agnhost(args: &[&str]) -> Value {
 /// agnhost's HTTP server on [`PORT`].
 pub fn netexec() -> Value {
     merge(
-        agnhost(&["netexec", &format!("--http-port={PORT}"), "--udp-port=-1"]),
+        agnhost(&["netexec", &format!("--http-port={PORT}")]),
         json!({"readinessProbe": {"httpGet": {"port": PORT, "path": "/healthz"}, "periodSeconds": 1}}),
     )
 }

@@ -242,20 +242,32 @@ Root = '{runc}'
             .map_err(|source| ContainerdError::File { path: mark, source })
     }
 
-    /// Imports one image from its archive.
+    /// Imports one image from its archive, and pins it: from no registry could
+    /// it come back once a full disk had cost it.
     pub async fn import_archive(&self, image: Image, archive: &Path) -> Result<(), ContainerdError> {
+        let failed = |source| ContainerdError::Import {
+            image: image.reference,
+            host: self.host.name.clone(),
+            source,
+        };
         self.ctr()
             .args(["images", "import", "--local"])
             .arg(archive)
             .limit(Duration::from_secs(300))
             .run()
             .await
+            .map_err(failed)?;
+        self.ctr()
+            .args([
+                "images",
+                "label",
+                image.reference,
+                "io.cri-containerd.pinned=pinned",
+            ])
+            .run()
+            .await
             .map(drop)
-            .map_err(|source| ContainerdError::Import {
-                image: image.reference,
-                host: self.host.name.clone(),
-                source,
-            })
+            .map_err(failed)
     }
 }
 
