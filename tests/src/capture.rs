@@ -121,19 +121,21 @@ pub enum Packet {
     Udp {
         from: SocketAddrV4,
         to: SocketAddrV4,
+        payload: Vec<u8>,
     },
     /// Of another protocol, or a fragment.
     Other {
         from: Ipv4Addr,
         to: Ipv4Addr,
         protocol: u8,
+        payload: Vec<u8>,
     },
 }
 
 impl Packet {
     pub fn addresses(&self) -> (Ipv4Addr, Ipv4Addr) {
         match self {
-            Self::Tcp { from, to, .. } | Self::Udp { from, to } => (*from.ip(), *to.ip()),
+            Self::Tcp { from, to, .. } | Self::Udp { from, to, .. } => (*from.ip(), *to.ip()),
             Self::Other { from, to, .. } => (*from, *to),
         }
     }
@@ -159,6 +161,28 @@ impl Packets {
             .windows(text.len())
             .filter(|window| *window == text.as_bytes())
             .count()
+    }
+
+    /// The packets that carry the text, in short: for messages.
+    pub fn carrying(&self, text: &str) -> Vec<String> {
+        let carries = |packet: &&Packet| {
+            let payload = match packet {
+                Packet::Tcp { payload, .. } | Packet::Udp { payload, .. } | Packet::Other { payload, .. } => {
+                    payload
+                }
+            };
+            payload
+                .windows(text.len())
+                .any(|window| window == text.as_bytes())
+        };
+        let shown = |packet: &Packet| match packet {
+            Packet::Tcp { from, to, syn, .. } => format!("TCP {from} > {to} syn={syn}"),
+            Packet::Udp { from, to, .. } => format!("UDP {from} > {to}"),
+            Packet::Other {
+                from, to, protocol, ..
+            } => format!("protocol {protocol} {from} > {to}"),
+        };
+        self.packets.iter().filter(carries).map(shown).collect()
     }
 
     /// The packets both of whose addresses satisfy the questions, either way.
@@ -315,14 +339,23 @@ fn ip(frame: &[u8]) -> Option<Packet> {
         total.min(packet.len())
     };
     let transport = packet.get(usize::from(packet[0] & 15) * 4..end)?;
-    let other = Packet::Other { from, to, protocol };
+    let other = Packet::Other {
+        from,
+        to,
+        protocol,
+        payload: transport.to_vec(),
+    };
     if fragment || transport.len() < 8 {
         return Some(other);
     }
     let from = SocketAddrV4::new(from, number(&transport[0..2]));
     let to = SocketAddrV4::new(to, number(&transport[2..4]));
     Some(match protocol {
-        17 => Packet::Udp { from, to },
+        17 => Packet::Udp {
+            from,
+            to,
+            payload: transport[8..].to_vec(),
+        },
         6 => Packet::Tcp {
             from,
             to,

@@ -244,6 +244,32 @@ impl Scope {
         .await
     }
 
+    /// Waits until the log of a pod's container is as wanted. A container that
+    /// runs may not have said anything yet.
+    pub async fn log_until(
+        &self,
+        pod: &str,
+        what: &str,
+        wanted: impl Fn(&str) -> bool,
+    ) -> anyhow::Result<String> {
+        self.wait(&format!("that the log of {pod} {what}"), async || {
+            let log = self
+                .kubectl
+                .run(&["logs", pod])
+                .await
+                .map_err(|e| format!("{e:#}"))?;
+            if wanted(&log) { Ok(log) } else { Err(log) }
+        })
+        .await
+    }
+
+    /// Waits until the log of a pod's container is just this.
+    pub async fn log_is(&self, pod: &str, text: &str) -> anyhow::Result<()> {
+        self.log_until(pod, &format!("is {text:?}"), |log| log.trim() == text)
+            .await
+            .map(drop)
+    }
+
     /// The name of the host that a pod runs on, by its address.
     pub fn host_of(&self, pod: &Pod) -> anyhow::Result<String> {
         let address: Ipv4Addr = workload::address(pod).context("the pod has no address")?;

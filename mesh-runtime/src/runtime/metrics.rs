@@ -102,7 +102,8 @@ impl Collector for DropCounters {
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let template = ConstCounter::new(0u64);
         let mut family = encoder.encode_descriptor(
-            "mesh_runtime_dropped_packets",
+            // The sub-registry puts its prefix before.
+            "dropped_packets",
             "Packets of pods, or to them, that the kernel programs dropped",
             None,
             template.metric_type(),

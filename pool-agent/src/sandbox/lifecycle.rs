@@ -540,10 +540,10 @@ impl Lifecycle {
         let may_start = turn && self.may_start();
         let image = self.container_spec(slot).image.clone();
         let container = &mut self.containers[slot.0];
-        if let Image::Failed { since, until, .. } = container.image {
-            if now >= until {
+        if let Image::Failed { trouble, since, until } = &container.image {
+            if now >= *until {
                 container.image = Image::Unknown;
-            } else if now >= since && !container.announced_backoff {
+            } else if trouble.reason == "ErrImagePull" && now >= *since && !container.announced_backoff {
                 container.announced_backoff = true;
                 effects.push(warn(
                     "BackOff",
@@ -611,6 +611,7 @@ impl Lifecycle {
             Ok(None) if self.stop.is_some() => container.image = Image::Unknown,
             Ok(None) if policy == PullPolicy::Never => {
                 let message = format!("Container image \"{image}\" is not present with pull policy of Never");
+                effects.push(warn("ErrImageNeverPull", message.clone(), Some(slot)));
                 self.image_failed(slot, Trouble::new("ErrImageNeverPull", message), now, effects);
             }
             Ok(None) => self.pull(slot, effects),
@@ -651,11 +652,10 @@ impl Lifecycle {
     }
 
     fn image_failed(&mut self, slot: Slot, trouble: Trouble, now: Timestamp, effects: &mut Vec<Effect>) {
-        // A pull that failed says so before; what never became a pull says why here.
-        let message = if trouble.reason == "ErrImagePull" {
-            "Error: ErrImagePull".to_owned()
-        } else {
-            format!("Error: {}", trouble.message)
+        // Why no pull came about was said before; what else kept it from one is said here.
+        let message = match trouble.reason {
+            reason @ ("ErrImagePull" | "ErrImageNeverPull") => format!("Error: {reason}"),
+            _ => format!("Error: {}", trouble.message),
         };
         effects.push(warn("Failed", message, Some(slot)));
         let container = &mut self.containers[slot.0];

@@ -17,7 +17,7 @@ use serde_json::json;
 use spindrift_tests::{
     Scope,
     containers::{self, Container},
-    workload::{container, idle, is_ready, is_running, pod, probe_server, summary, uid},
+    workload::{config_map, container, idle, is_ready, is_running, pod, probe_server, summary, uid},
 };
 
 use super::{
@@ -41,10 +41,15 @@ pub(crate) fn tests() -> Vec<Case> {
 
 const PODS: usize = 10;
 
+/// Ten pods of one owner, so that they are spread over both hosts.
 async fn create_ten(scope: &Scope) -> anyhow::Result<BTreeMap<String, String>> {
+    let owner = scope.create(config_map("owner", json!({}))).await?;
+    let owner = json!([{
+        "apiVersion": "v1", "kind": "ConfigMap", "name": "owner", "uid": owner.uid(), "controller": true,
+    }]);
     let creations = (0..PODS).map(|n| {
         let mut manifest = pod(&format!("web-{n}"), json!({"containers": [probe_server()]}));
-        manifest["metadata"]["labels"] = json!({"app": "web"});
+        manifest["metadata"]["ownerReferences"] = owner.clone();
         scope.create(manifest)
     });
     let made = try_join_all(creations).await?;

@@ -57,13 +57,7 @@ async fn logs_are_cut_to_what_was_asked_for(scope: &Scope) -> anyhow::Result<()>
         .await?;
     let kubectl = scope.kubectl();
     let all = scope
-        .wait("the whole log", async || {
-            let log = kubectl
-                .run(&["logs", "web"])
-                .await
-                .map_err(|e| format!("{e:#}"))?;
-            if log.contains("oops") { Ok(log) } else { Err(log) }
-        })
+        .log_until("web", "is whole", |log| log.contains("oops"))
         .await?;
     ensure!(all.lines().count() == 11 && all.starts_with("line 1\n"), "{all}");
     let tail = kubectl.run(&["logs", "web", "--tail=2"]).await?;
@@ -110,10 +104,7 @@ async fn logs_of_the_container_before_the_last_restart_are_there(scope: &Scope) 
         })
         .await?;
     let kubectl = scope.kubectl();
-    ensure!(
-        kubectl.run(&["logs", "web"]).await? == "second life\n",
-        "the log is not the running container's"
-    );
+    scope.log_is("web", "second life").await?;
     let before = kubectl.run(&["logs", "web", "--previous"]).await?;
     ensure!(before == "first life\n", "{before:?}");
     Ok(())
@@ -235,7 +226,7 @@ async fn exec_into_what_is_not_there_is_refused(scope: &Scope) -> anyhow::Result
 async fn attach_shows_what_the_container_prints_from_now_on(scope: &Scope) -> anyhow::Result<()> {
     let main = merge(
         shell("while read line; do echo you said $line; done"),
-        json!({"stdin": true}),
+        json!({"stdin": true, "stdinOnce": true}),
     );
     scope
         .start(pod(

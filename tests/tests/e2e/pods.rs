@@ -257,8 +257,8 @@ async fn the_events_of_a_start_are_those_that_kubectl_describe_shows(scope: &Sco
     for (reason, words) in [
         ("Scheduled", "Successfully assigned"),
         ("Pulled", "already present on machine"),
-        ("Created", "main"),
-        ("Started", "main"),
+        ("Created", "Container created"),
+        ("Started", "Container started"),
     ] {
         scope.event("web", reason, words).await?;
     }
@@ -508,7 +508,9 @@ async fn init_containers_run_one_after_the_other_before_the_rest(scope: &Scope) 
             }),
         ))
         .await?;
-    let log = scope.kubectl().run(&["logs", "web"]).await?;
+    let log = scope
+        .log_until("web", "ends with main", |log| log.trim_end().ends_with("\nmain"))
+        .await?;
     ensure!(
         log.split_whitespace().eq([
             "first-begins",
@@ -679,9 +681,7 @@ async fn a_pod_whose_config_map_is_missing_starts_once_it_is_there(scope: &Scope
         .await?;
     let started = scope.ready("web").await?;
     ensure!(uid(&started) == uid(&web), "it was made anew");
-    let log = scope.kubectl().run(&["logs", "web"]).await?;
-    ensure!(log.trim() == "colour=teal", "{log}");
-    Ok(())
+    scope.log_is("web", "colour=teal").await
 }
 
 async fn a_pod_whose_config_map_volume_is_missing_starts_once_it_is_there(
@@ -710,9 +710,7 @@ async fn a_pod_whose_config_map_volume_is_missing_starts_once_it_is_there(
         .create(config_map("paint", json!({"colour": "teal"})))
         .await?;
     scope.ready("web").await?;
-    let log = scope.kubectl().run(&["logs", "web"]).await?;
-    ensure!(log.trim() == "teal", "{log}");
-    Ok(())
+    scope.log_is("web", "teal").await
 }
 
 fn greedy() -> Value {
@@ -766,7 +764,12 @@ async fn a_host_path_volume_is_refused_by_name(scope: &Scope) -> anyhow::Result<
         "containers": [merge(idle(), json!({"volumeMounts": [{"name": "etc", "mountPath": "/host"}]}))],
         "volumes": [{"name": "etc", "hostPath": {"path": "/etc"}}],
     });
-    refused_by_name(scope, spec, "spec.volumes[0].hostPath").await
+    refused_by_name(
+        scope,
+        spec,
+        "spec.volumes[0]: volume \"etc\" is of a kind that is not supported: hostPath",
+    )
+    .await
 }
 
 async fn refused_by_name(scope: &Scope, spec: Value, field: &str) -> anyhow::Result<()> {
@@ -822,7 +825,9 @@ async fn the_environment_is_resolved_in_order(scope: &Scope) -> anyhow::Result<(
         }),
     );
     let web = scope.start(pod("web", json!({"containers": [main]}))).await?;
-    let log = scope.kubectl().run(&["logs", "web"]).await?;
+    let log = scope
+        .log_until("web", "is whole", |log| log.contains("ARG="))
+        .await?;
     let ip = spindrift_tests::workload::address(&web).context("no address")?;
     let host_ip = web
         .status
@@ -1042,14 +1047,7 @@ async fn a_container_runs_as_whom_its_security_context_says(scope: &Scope) -> an
         ))
         .await?;
     let log = scope
-        .wait("its whole answer", async || {
-            let log = scope
-                .kubectl()
-                .run(&["logs", "web"])
-                .await
-                .map_err(|e| format!("{e:#}"))?;
-            if log.contains("CapEff") { Ok(log) } else { Err(log) }
-        })
+        .log_until("web", "is whole", |log| log.contains("CapEff"))
         .await?;
     let lines: Vec<&str> = log.lines().collect();
     ensure!(lines[..2] == ["1234", "2345"], "{log}");
