@@ -112,7 +112,9 @@ impl Topology {
         Ok(())
     }
 
-    async fn join(&self, host: &Host) -> Result<(), TopologyError> {
+    /// Puts one host on the bridge. Those of the pool are on it already; this is
+    /// for one beside them.
+    pub async fn join(&self, host: &Host) -> Result<(), TopologyError> {
         let (namespace, name) = (&host.namespace, &host.name);
         namespace.ensure().await?;
         if !namespace.has_device(UPLINK).await {
