@@ -6,6 +6,7 @@
 //! with comment lines below it; nothing is asserted. docs/performance.md says
 //! what each figure means.
 
+mod attach;
 mod cri;
 mod figure;
 mod memory;
@@ -47,15 +48,17 @@ struct Command {
 enum Group {
     Starts1,
     Starts10,
+    Attach,
     Traffic,
     Memory,
 }
 
 /// Groups in the order they run, with the figures each yields. Memory comes
 /// last: it fills the hosts.
-const GROUPS: [(Group, &[&str]); 4] = [
+const GROUPS: [(Group, &[&str]); 5] = [
     (Group::Starts1, &starts::ONE.names),
     (Group::Starts10, &starts::TEN.names),
+    (Group::Attach, &attach::NAMES),
     (Group::Traffic, &traffic::NAMES),
     (Group::Memory, &memory::NAMES),
 ];
@@ -137,13 +140,18 @@ async fn measure(
     progress: &Progress,
 ) -> Result<()> {
     let pods = Pods::open(lab.client()).await?;
-    let stock = match groups {
-        [Group::Traffic] => None,
-        _ => Some(Stock::start(lab, cache, progress).await?),
+    let stock = if groups
+        .iter()
+        .all(|group| matches!(group, Group::Attach | Group::Traffic))
+    {
+        None
+    } else {
+        Some(Stock::start(lab, cache, progress).await?)
     };
     let mut failed = None;
     for group in groups {
         let figures = match (group, &stock) {
+            (Group::Attach, _) => attach::measure(lab, &pods, progress).await,
             (Group::Traffic, _) => traffic::measure(lab, &pods, cache, progress).await,
             (Group::Starts1, Some(stock)) => starts::measure(lab, &pods, stock, &starts::ONE, progress).await,
             (Group::Starts10, Some(stock)) => {
