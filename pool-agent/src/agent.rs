@@ -111,7 +111,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         address: config.address,
         memory: detect(&config.state_dir).memory_bytes,
         runtime: runtime.clone(),
-        mesh: Mesh::new(mesh),
+        mesh: Mesh::new(mesh, &mut registry),
         desk: desk.clone(),
         layout,
         cgroups: Cgroups::detect(),

@@ -1,7 +1,10 @@
 //! The one place where this agent meets the mesh. Called by `host` (tenants) and
 //! by a sandbox's `perform` (its attachment).
 
-use std::{net::Ipv4Addr, time::Duration};
+use std::{
+    net::Ipv4Addr,
+    time::{Duration, Instant},
+};
 
 use mesh_runtime::{
     attachment::AttachmentState,
@@ -9,6 +12,7 @@ use mesh_runtime::{
     runtime::{AttachError, Attachment, CloseTenantError, MeshRuntime, OpenTenantError, PodAttachment},
 };
 use pool_agent_api::{SandboxKey, SandboxSpec, Tenant, TenantId, spec::MeshMode, status::MeshState};
+use prometheus_client::{metrics::histogram::Histogram, registry::Registry};
 
 use crate::network::{PodDevice, ROUTER_UPLINK, Router};
 
@@ -18,11 +22,37 @@ const DRAIN: Duration = Duration::from_millis(500);
 
 pub struct Mesh {
     runtime: MeshRuntime,
+    attach_seconds: Histogram,
 }
 
 impl Mesh {
-    pub fn new(runtime: MeshRuntime) -> Self {
-        Self { runtime }
+    pub fn new(runtime: MeshRuntime, registry: &mut Registry) -> Self {
+        // 500 µs to 2 s, doubling.
+        let attach_seconds = Histogram::new((0..13).map(|n| 0.0005 * f64::from(1 << n)));
+        registry.register(
+            "pool_agent_attach_seconds",
+            "From a pod's network namespace being handed over until its attachment serves",
+            attach_seconds.clone(),
+        );
+        Self {
+            runtime,
+            attach_seconds,
+        }
+    }
+
+    /// Notes, once the attachment serves, how long that took.
+    pub fn time(&self, attachment: &Attachment, handed_over: Instant) {
+        let (mut state, attach_seconds) = (attachment.state(), self.attach_seconds.clone());
+        tokio::spawn(async move {
+            // One that is detached before it served is not counted.
+            if state
+                .wait_for(|state| *state == AttachmentState::Serving)
+                .await
+                .is_ok()
+            {
+                attach_seconds.observe(handed_over.elapsed().as_secs_f64());
+            }
+        });
     }
 
     /// Takes over what an earlier agent left in the tenant's router, or begins.

@@ -10,6 +10,7 @@ use std::{
 };
 
 use jiff::Timestamp;
+use mesh_runtime::runtime::{AttachError, Attachment};
 use pool_agent_api::{
     HostName, SandboxKey, SandboxSpec,
     spec::{Container, Hook, Volume},
@@ -178,6 +179,7 @@ impl Hands {
 
     /// Address, device, routes and the mesh, in one step: what CNI's ADD stands for.
     async fn join(&self, netns: &std::path::Path) -> Result<Joined, String> {
+        let handed_over = Instant::now();
         // An earlier try's attachment is of another device.
         self.leave_mesh().await;
         let device = self
@@ -185,8 +187,9 @@ impl Hands {
             .plug(self.key(), self.address, netns)
             .await
             .map_err(|e| chain(&e))?;
-        self.attach(&device).await.map_err(|e| chain(&e))?;
+        let attachment = self.attach(&device).await.map_err(|e| chain(&e))?;
         self.router.raise(&device).await.map_err(|e| chain(&e))?;
+        self.shop.mesh.time(&attachment, handed_over);
         Ok(Joined {
             address: device.address,
             gateway: POD_GATEWAY,
@@ -195,10 +198,7 @@ impl Hands {
         })
     }
 
-    async fn attach(
-        &self,
-        device: &crate::network::PodDevice,
-    ) -> Result<(), mesh_runtime::runtime::AttachError> {
+    async fn attach(&self, device: &crate::network::PodDevice) -> Result<Attachment, AttachError> {
         let attachment = self.shop.mesh.attach(&self.spec, device).await?;
         let mut state = attachment.state();
         let mesh = self.mesh.clone();
@@ -209,7 +209,7 @@ impl Hands {
             }
         });
         self.with(|found| found.follower = Some(AbortOnDropHandle::new(follower)));
-        Ok(())
+        Ok(attachment)
     }
 
     async fn leave_mesh(&self) {

@@ -121,7 +121,7 @@ async fn account(lab: &Lab, name: &str) -> Result<()> {
     match accounts.create(&PostParams::default(), &account).await {
         // Of an earlier run.
         Err(kube::Error::Api(status)) if status.code == 409 => Ok(()),
-        answer => Ok(drop(answer?)),
+        answer => answer.map(drop).map_err(Into::into),
     }
 }
 
