@@ -255,7 +255,13 @@ struct Storm {
     log: PathBuf,
     /// Lines that were read already.
     read: usize,
+    /// The latest connection that has ended.
+    latest: u64,
 }
+
+/// How many turns may have been begun since the latest that has ended: ten a
+/// second are, and the probe gives one up after five.
+const ON_THEIR_WAY: u64 = 51;
 
 /// How one connection ended.
 #[derive(Debug)]
@@ -283,7 +289,11 @@ impl Storm {
         let log = own
             .context("the client has no directory on its host")?
             .join("logs/main/0.log");
-        Ok(Self { log, read: 0 })
+        Ok(Self {
+            log,
+            read: 0,
+            latest: 0,
+        })
     }
 
     /// What has come since the last look.
@@ -295,6 +305,7 @@ impl Storm {
             .filter_map(parse)
             .collect();
         self.read = text.matches('\n').count();
+        self.latest = new.iter().map(|one| one.turn).fold(self.latest, u64::max);
         Ok(new)
     }
 
@@ -326,31 +337,35 @@ impl Storm {
         .map(drop)
     }
 
+    /// The last connection that may have been begun before this.
+    fn begun(&mut self) -> std::io::Result<u64> {
+        self.look()?;
+        Ok(self.latest + ON_THEIR_WAY)
+    }
+
+    /// Waits for so many connections that were begun after this, which all work.
     async fn all_ok(&mut self, scope: &Scope, count: usize) -> anyhow::Result<()> {
+        let begun = self.begun()?;
+        let since = |all: &[Outcome]| all.iter().filter(|one| one.turn > begun).count();
         let all = self
-            .collect(scope, "connections", |all| all.len() >= count)
+            .collect(scope, "connections", |all| since(all) >= count)
             .await?;
-        let failed: Vec<_> = all.iter().filter(|one| !one.ok).collect();
-        ensure!(failed.is_empty(), "{failed:?}");
+        let failed: Vec<_> = all.iter().filter(|one| one.turn > begun && !one.ok).collect();
+        ensure!(failed.is_empty(), "some failed after {begun}: {failed:?}");
         Ok(())
     }
 
     /// Waits for failures, and for nothing but them among the connections that
     /// were begun after this.
     async fn only_failures(&mut self, scope: &Scope, count: usize) -> anyhow::Result<()> {
-        // Those on their way were begun before; ten a second are.
-        let begun = self.look()?.iter().map(|one| one.turn).max();
+        let begun = self.begun()?;
         let all = self
             .collect(scope, "connections that fail", |all| {
-                all.iter().filter(|one| !one.ok).count() >= count
+                all.iter().filter(|one| one.turn > begun && !one.ok).count() >= count
             })
             .await?;
-        let last_begun = begun.or(all.iter().map(|one| one.turn).min()).unwrap_or_default() + 10;
-        let worked: Vec<_> = all.iter().filter(|one| one.ok && one.turn > last_begun).collect();
-        ensure!(
-            worked.is_empty(),
-            "some got through after {last_begun}: {worked:?}"
-        );
+        let worked: Vec<_> = all.iter().filter(|one| one.ok && one.turn > begun).collect();
+        ensure!(worked.is_empty(), "some got through after {begun}: {worked:?}");
         Ok(())
     }
 }

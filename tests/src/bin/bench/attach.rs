@@ -26,8 +26,6 @@ use crate::{
 pub(crate) const NAMES: [&str; 2] = ["attach-without-certificate", "attach-with-certificate"];
 const METRIC: &str = "pool_agent_attach_seconds";
 const ROUNDS: usize = 15;
-/// How many pods are tried until each host has one.
-const TRIES: usize = 8;
 /// The account whose certificate each host holds.
 const HELD: &str = "held";
 const COMMAND: [&str; 3] = ["/bin/sh", "-c", "trap 'exit 0' TERM; sleep 86400 & wait"];
@@ -93,20 +91,30 @@ async fn attach(lab: &Lab, pods: &Pods, name: &str, account: &str) -> Result<Dur
     }
 }
 
-/// Starts pods until each host holds the certificate of the account.
+/// A pod on each host, so that each holds the certificate of the account.
 async fn keep_certificate(lab: &Lab, pods: &Pods, made: &mut Vec<String>) -> Result<()> {
+    let owner = pods.owner("keep").await?;
+    let hosts = &lab.topology().hosts;
+    let names: Vec<String> = (0..hosts.len()).map(|index| format!("keep-{index}")).collect();
+    made.extend(names.iter().cloned());
+    let wanted: Vec<_> = names
+        .iter()
+        .map(|name| {
+            let mut pod = pod(lab, name, HELD);
+            pod["metadata"]["ownerReferences"] = owner.clone();
+            pod
+        })
+        .collect();
+    pods.start(&wanted).await?;
     let mut holders = BTreeSet::new();
-    for index in 0..TRIES {
-        let name = format!("keep-{index}");
-        made.push(name.clone());
-        pods.start(&[pod(lab, &name, HELD)]).await?;
-        let host = lab.topology().host_of(pods.address(&name)?.into());
-        holders.extend(host.map(|host| host.name.clone()));
-        if holders.len() == lab.topology().hosts.len() {
-            return Ok(());
-        }
+    for name in &names {
+        let host = lab.topology().host_of(pods.address(name)?.into());
+        holders.extend(host.map(|host| &host.name));
     }
-    bail!("{TRIES} pods all went to {holders:?}")
+    if holders.len() < hosts.len() {
+        bail!("of as many pods as hosts all went to {holders:?}");
+    }
+    Ok(())
 }
 
 fn pod(lab: &Lab, name: &str, account: &str) -> serde_json::Value {

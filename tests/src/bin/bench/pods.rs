@@ -8,7 +8,7 @@ use std::{collections::HashMap, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use futures::{StreamExt, future::try_join_all};
-use k8s_openapi::api::core::v1::{Namespace, Pod, ServiceAccount};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod, ServiceAccount};
 use kube::{
     Api, Client, ResourceExt,
     api::{DeleteParams, PostParams},
@@ -75,6 +75,21 @@ impl Pods {
             .collect();
         pods.remove(&left).await?;
         Ok(pods)
+    }
+
+    /// An owner to share (`metadata.ownerReferences`): the placer spreads the pods
+    /// of one over the hosts.
+    pub(crate) async fn owner(&self, name: &str) -> Result<Value> {
+        let owners: Api<ConfigMap> = Api::namespaced(self.api.clone().into_client(), NAMESPACE);
+        let wanted = serde_json::from_value(json!({"metadata": {"name": name}}))?;
+        let owner = match owners.create(&PostParams::default(), &wanted).await {
+            // Of an earlier run.
+            Err(kube::Error::Api(status)) if status.code == 409 => owners.get(name).await?,
+            answer => answer?,
+        };
+        Ok(json!([{
+            "apiVersion": "v1", "kind": "ConfigMap", "name": name, "uid": owner.uid(), "controller": true,
+        }]))
     }
 
     /// Creates the pods at once; how long each took until it was Ready.

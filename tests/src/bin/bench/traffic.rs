@@ -1,7 +1,7 @@
 //! `throughput-…`, `round-trip-1k…` and `mesh-cpu`: pod to pod across hosts, in
 //! the mesh and beside it: the same image on the same two hosts, opted out.
 
-use std::time::Duration;
+use std::{net::Ipv4Addr, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -22,8 +22,6 @@ const ROUNDS: usize = 7;
 /// Of one measurement: long enough for windows to have grown, and for the
 /// hundredths of a second that processor time is counted in.
 const SECONDS: &str = "3";
-/// How many pods are tried until two stand on different hosts.
-const TRIES: usize = 8;
 
 pub(crate) const NAMES: [&str; 5] = [
     "throughput-1",
@@ -36,7 +34,7 @@ pub(crate) const NAMES: [&str; 5] = [
 /// The two ends of one path, on different hosts.
 struct Pair {
     client: String,
-    server: std::net::Ipv4Addr,
+    server: Ipv4Addr,
 }
 
 /// What one path was measured to do.
@@ -150,54 +148,35 @@ fn figures([meshed, plain]: [Measured; 2]) -> Vec<Figure> {
     all
 }
 
-/// Two Ready pods on different hosts. Where a pod goes is the placer's to say,
-/// so pods are made until two are apart, and those not needed removed.
+/// Two Ready pods on different hosts.
 async fn pair(lab: &Lab, pods: &Pods, name: &str, made: &mut Vec<String>) -> Result<Pair> {
     let node = lab.layout().node_name();
-    let host = |address| {
-        lab.topology()
-            .host_of(std::net::IpAddr::V4(address))
-            .map(|host| host.name.clone())
-    };
-    let mut first = None;
-    for index in 0..TRIES {
-        let pod = format!("{name}-{index}");
-        made.push(pod.clone());
-        pods.start(&[peer(&pod, &node, name == "plain")]).await?;
-        let address = pods.address(&pod)?;
-        match &first {
-            None => first = Some((pod, address)),
-            Some((server, at)) if host(*at) != host(address) => {
-                let (server, at) = (server.clone(), *at);
-                let spare: Vec<String> = made
-                    .iter()
-                    .filter(|other| other.starts_with(name))
-                    .cloned()
-                    .collect();
-                let spare: Vec<String> = spare
-                    .into_iter()
-                    .filter(|other| *other != pod && *other != server)
-                    .collect();
-                pods.remove(&spare).await?;
-                made.retain(|other| !spare.contains(other));
-                return Ok(Pair {
-                    client: pod,
-                    server: at,
-                });
-            }
-            Some(_) => {}
-        }
+    let owner = pods.owner(name).await?;
+    let names = ["client", "server"].map(|end| format!("{name}-{end}"));
+    made.extend(names.clone());
+    pods.start(
+        &names
+            .each_ref()
+            .map(|end| peer(end, &node, &owner, name == "plain")),
+    )
+    .await?;
+    let [client, server] = names;
+    let at = pods.address(&server)?;
+    let host = |address: Ipv4Addr| lab.topology().host_of(address.into()).map(|host| &host.name);
+    if host(pods.address(&client)?) == host(at) {
+        bail!("{client} and {server} went to the same host");
     }
-    bail!("{TRIES} pods went to the same host")
+    Ok(Pair { client, server: at })
 }
 
-fn peer(name: &str, node: &str, opted_out: bool) -> Value {
+fn peer(name: &str, node: &str, owner: &Value, opted_out: bool) -> Value {
     let mut pod = pods::pod(
         name,
         node,
         IMAGE.reference,
         &["/netbench", "serve", &PORT.to_string()],
     );
+    pod["metadata"]["ownerReferences"] = owner.clone();
     if opted_out {
         pod["metadata"]["labels"] = json!({"istio.io/dataplane-mode": "none"});
     }
@@ -237,7 +216,7 @@ fn agents_cpu(lab: &Lab) -> Result<Duration> {
 /// Builds netbench into an image of its own and hands it to each host.
 async fn import(lab: &Lab, cache: &Cache, progress: &Progress) -> Result<()> {
     let source = artifacts::workspace().join("tests/src/bin/netbench.rs");
-    let archive = artifacts::program_image(cache, IMAGE, &source, progress).await?;
+    let archive = artifacts::program_image(cache, IMAGE, &[source], progress).await?;
     for host in &lab.topology().hosts {
         let runtime = lab
             .runtime(&host.name)
@@ -261,8 +240,9 @@ mod tests {
 
     #[test]
     fn only_pods_of_the_plain_path_are_opted_out() {
-        let label =
-            |opted_out| peer("p", "n", opted_out)["metadata"]["labels"]["istio.io/dataplane-mode"].clone();
+        let label = |opted_out| {
+            peer("p", "n", &json!([]), opted_out)["metadata"]["labels"]["istio.io/dataplane-mode"].clone()
+        };
         assert_eq!((label(true), label(false)), (json!("none"), Value::Null));
     }
 }
