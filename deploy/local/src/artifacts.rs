@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     cache::{Cache, CacheError, Key},
-    images::{self, Images},
+    images::{self, ImageError, Images},
     progress::{Progress, Step},
     tool::{Tool, ToolError},
 };
@@ -52,7 +52,9 @@ pub enum ArtifactError {
         #[source]
         source: ToolError,
     },
-    #[error("cannot write an image's files")]
+    #[error("cannot build an image")]
+    Image(#[from] ImageError),
+    #[error("cannot read what it is built from, or link what was built")]
     Files(#[from] std::io::Error),
     #[error("{} is missing: build it with cargo build --workspace --bins", .0.display())]
     NotBuilt(PathBuf),
@@ -223,7 +225,7 @@ pub async fn images(cache: &Cache, progress: &Progress) -> Result<Images, Artifa
         .file(Path::new(images::BUSYBOX))?;
     let directory = cache
         .ensure::<ArtifactError>("images", key, &step, async |directory: &Path| {
-            images::build(directory, &agnhost, &pause, &step).await
+            Ok(images::build(directory, &agnhost, &pause, &step).await?)
         })
         .await?;
     step.done_quietly();
@@ -254,7 +256,7 @@ pub async fn program_image(
     let key = sources.iter().try_fold(key, |key, source| key.file(source))?;
     let directory = cache
         .ensure::<ArtifactError>(image.name, key, &step, async |directory: &Path| {
-            images::build_programs(directory, image, sources).await
+            Ok(images::build_programs(directory, image, sources).await?)
         })
         .await?;
     step.done_quietly();

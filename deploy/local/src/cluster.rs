@@ -83,6 +83,8 @@ pub enum ClusterError {
     },
 }
 
+/// The namespace of the demo, which leaving the cluster removes.
+pub const DEMO: &str = "demo";
 const MANAGER: &str = "spindrift-local";
 const POLL: Duration = Duration::from_millis(50);
 

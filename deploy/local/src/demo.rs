@@ -16,7 +16,7 @@ use kube::{
 use tokio::io::AsyncReadExt;
 
 use crate::{
-    cluster::{ClusterError, wait},
+    cluster::{ClusterError, DEMO, wait},
     lab::Lab,
     pool,
     progress::Progress,
@@ -24,7 +24,6 @@ use crate::{
 };
 
 const MANIFEST: &str = include_str!("../manifests/demo.yaml");
-pub const NAMESPACE: &str = "demo";
 /// Images are imported already; the rest is pods starting on a busy machine.
 const ROLLOUT: Duration = Duration::from_secs(180);
 /// The Service balances over three replicas on two hosts, so the far host
@@ -114,7 +113,7 @@ pub async fn run(lab: &Lab, exec: Exec, progress: &Progress) -> Result<Shown, De
     lab.cluster()
         .apply("demo.yaml", MANIFEST, &[("NODE", &node)])
         .await?;
-    let deployments: Api<Deployment> = Api::namespaced(lab.client(), NAMESPACE);
+    let deployments: Api<Deployment> = Api::namespaced(lab.client(), DEMO);
     wait("the demo's rollout", ROLLOUT, async || {
         let mut behind = Vec::new();
         for name in ["web", "client"] {
@@ -150,7 +149,7 @@ pub async fn run(lab: &Lab, exec: Exec, progress: &Progress) -> Result<Shown, De
 }
 
 async fn placed(lab: &Lab) -> Result<Vec<Placed>, DemoError> {
-    let pods: Api<Pod> = Api::namespaced(lab.client(), NAMESPACE);
+    let pods: Api<Pod> = Api::namespaced(lab.client(), DEMO);
     let listed = pods.list(&ListParams::default()).await.map_err(DemoError::List)?;
     let mut placed = Vec::new();
     for pod in listed
@@ -170,7 +169,7 @@ async fn placed(lab: &Lab) -> Result<Vec<Placed>, DemoError> {
             .and_then(|spec| spec.service_account_name.as_deref())
             .unwrap_or("default");
         let identity = match host {
-            Some(host) => held_identity(&agent_log(lab, host)?, NAMESPACE, account),
+            Some(host) => held_identity(&agent_log(lab, host)?, DEMO, account),
             None => None,
         };
         let host = host.map_or_else(|| "not in the pool".to_owned(), |host| host.name.clone());
@@ -190,7 +189,7 @@ async fn far_request(lab: &Lab, placed: &[Placed]) -> Result<Request, DemoError>
         .iter()
         .find(|placed| placed.pod.starts_with("client-"))
         .ok_or(DemoError::NoClient)?;
-    let url = format!("http://web.{NAMESPACE}");
+    let url = format!("http://web.{DEMO}");
     for _ in 0..MOST_REQUESTS {
         let before: Vec<usize> = lab
             .topology()
@@ -265,7 +264,7 @@ async fn get(lab: &Lab, pod: &str, url: &str) -> Result<String, DemoError> {
     let command = ["timeout", "10", "wget", "-q", "-O", "-", url];
     let since = Instant::now();
     loop {
-        match exec(lab, NAMESPACE, pod, &command).await {
+        match exec(lab, DEMO, pod, &command).await {
             Err(DemoError::Exec { .. } | DemoError::Request { .. }) if since.elapsed() < REUNION => {
                 tokio::time::sleep(Duration::from_millis(200)).await;
             }

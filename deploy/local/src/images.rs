@@ -8,10 +8,17 @@ use std::{
 };
 
 use crate::{
-    artifacts::ArtifactError,
     progress::Step,
     tool::{Tool, ToolError},
 };
+
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    #[error(transparent)]
+    Tool(#[from] ToolError),
+    #[error("cannot write its files")]
+    Files(#[from] std::io::Error),
+}
 
 /// Debian's, from busybox-static.
 pub const BUSYBOX: &str = "/bin/busybox";
@@ -72,38 +79,29 @@ pub(crate) async fn build(
     agnhost: &Path,
     pause: &Path,
     step: &Step,
-) -> Result<(), ArtifactError> {
-    let failed = |source: ToolError| ArtifactError::Build {
-        what: "an image",
-        source,
-    };
+) -> Result<(), ImageError> {
     step.note("busybox");
     let root = directory.join("root.busybox");
     busybox(&root).await?;
-    archive(directory, BUSYBOX_IMAGE, &root, &["--config.cmd=sh"])
-        .await
-        .map_err(failed)?;
+    archive(directory, BUSYBOX_IMAGE, &root, &["--config.cmd=sh"]).await?;
 
     step.note("agnhost");
     // On top of busybox, so that a person can look around with a shell.
     let root = rename(directory, "root.busybox", "root.agnhost")?;
     std::fs::copy(agnhost, root.join("agnhost"))?;
-    archive(directory, AGNHOST, &root, &["--config.entrypoint=/agnhost"])
-        .await
-        .map_err(failed)?;
+    archive(directory, AGNHOST, &root, &["--config.entrypoint=/agnhost"]).await?;
 
     step.note("pause");
     let root = directory.join("root.pause");
     tree(&root, &[])?;
-    compile(pause, &root.join("pause")).await.map_err(failed)?;
+    compile(pause, &root.join("pause")).await?;
     archive(
         directory,
         PAUSE,
         &root,
         &["--config.entrypoint=/pause", "--config.user=65535:65535"],
     )
-    .await
-    .map_err(failed)?;
+    .await?;
     for leftover in ["root.agnhost", "root.pause"] {
         std::fs::remove_dir_all(directory.join(leftover))?;
     }
@@ -116,42 +114,29 @@ pub(crate) async fn build_programs(
     directory: &Path,
     image: Image,
     sources: &[PathBuf],
-) -> Result<(), ArtifactError> {
-    let failed = |source: ToolError| ArtifactError::Build {
-        what: "an image",
-        source,
-    };
+) -> Result<(), ImageError> {
     let root = directory.join("root");
     busybox(&root).await?;
     for source in sources {
         let program = root.join(source.file_stem().unwrap_or_default());
         if source.extension().is_some_and(|extension| extension == "go") {
-            compile_go(source, &program).await.map_err(failed)?;
+            compile_go(source, &program).await?;
         } else {
-            compile(source, &program).await.map_err(failed)?;
+            compile(source, &program).await?;
         }
     }
     let first = sources.first().and_then(|source| source.file_stem());
     let entrypoint = format!("--config.entrypoint=/{}", first.unwrap_or_default().display());
-    archive(directory, image, &root, &[&entrypoint])
-        .await
-        .map_err(failed)?;
+    archive(directory, image, &root, &[&entrypoint]).await?;
     std::fs::remove_dir_all(&root)?;
     Ok(())
 }
 
 /// busybox under each of its names, and the files that its tools look for.
-async fn busybox(root: &Path) -> Result<(), ArtifactError> {
+async fn busybox(root: &Path) -> Result<(), ImageError> {
     tree(root, &["bin", "etc", "tmp"])?;
     std::fs::copy(BUSYBOX, root.join("bin/busybox"))?;
-    let applets = Tool::new(BUSYBOX)
-        .arg("--list")
-        .run()
-        .await
-        .map_err(|source| ArtifactError::Build {
-            what: "an image",
-            source,
-        })?;
+    let applets = Tool::new(BUSYBOX).arg("--list").run().await?;
     for applet in applets.lines().filter(|applet| *applet != "busybox") {
         symlink("busybox", root.join("bin").join(applet))?;
     }
@@ -163,7 +148,8 @@ async fn compile(source: &Path, program: &Path) -> Result<(), ToolError> {
     Tool::words("rustc --edition=2024 -O -Cpanic=abort -Cstrip=symbols -Ctarget-feature=+crt-static -o")
         .arg(program)
         .arg(source)
-        .directory(crate::artifacts::workspace())
+        // rust-toolchain.toml counts from there.
+        .directory(source.parent().unwrap_or(Path::new(".")))
         .limit(Duration::from_secs(300))
         .run()
         .await

@@ -17,11 +17,10 @@ use serde::{Deserialize, Serialize};
 use crate::{
     artifacts::{self, ArtifactError, Profile, Spindrift},
     cache::{self, Cache},
-    cluster::{Cluster, ClusterError},
+    cluster::{self, Cluster, ClusterError},
     component::{Component, ComponentError, Ready},
     containerd::{self, ContainerdError, Runtime},
     control_plane::{ControlPlane, ControlPlaneError, Endpoint, write_kubeconfig},
-    demo,
     file::{self, Mode},
     images::Images,
     instance::{InstanceName, Layout},
@@ -505,7 +504,7 @@ pub async fn down(instance: &InstanceName, progress: &Progress) -> Result<(), La
 /// virtual node still runs, and ends its pods as it should.
 async fn leave(layout: &Layout) -> Result<(), ClusterError> {
     let cluster = Cluster::connect(&layout.kubeconfig()).await?;
-    let emptied = cluster.delete_namespace(demo::NAMESPACE, LEAVE).await;
+    let emptied = cluster.delete_namespace(cluster::DEMO, LEAVE).await;
     // It would register itself again.
     if let Ok(node) = Component::find(layout, node::COMPONENT) {
         node.stop(layout, Duration::from_secs(10)).await.ok();

@@ -20,6 +20,8 @@ use crate::tool::{Tool, ToolError};
 
 /// Linux's `NSFS_MAGIC`, what a mounted namespace's file system says it is.
 const NSFS_MAGIC: i64 = 0x6e73_6673;
+/// Enters a namespace and becomes the program it is given.
+const NSENTER: &str = "nsenter";
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(transparent)]
@@ -95,9 +97,21 @@ impl Namespace {
     /// The words before a command that put it into the namespace. `nsenter`
     /// becomes the command, so its process id is the command's.
     pub fn launcher(&self) -> Vec<OsString> {
+        vec![NSENTER.into(), self.net_flag(), "--".into()]
+    }
+
+    fn net_flag(&self) -> OsString {
         let mut net = OsString::from("--net=");
         net.push(self.path());
-        vec!["nsenter".into(), net, "--".into()]
+        net
+    }
+
+    /// A program with its sockets in the namespace; see [`Tool::words`].
+    pub fn tool(&self, line: &str) -> Tool {
+        Tool::new(NSENTER)
+            .arg(self.net_flag())
+            .arg("--")
+            .args(line.split_whitespace())
     }
 
     /// Sets a kernel setting of the namespace, such as `net/ipv4/ip_forward`.

@@ -15,7 +15,7 @@ use crate::{
     images::{Image, Images},
     instance::Layout,
     netns::Namespace,
-    tool::{Tool, ToolError},
+    tool::ToolError,
     topology::REGISTRY,
 };
 
@@ -118,11 +118,10 @@ http:
 /// Puts an image into both registries under `repository:tag`; its references
 /// are then `registry.spindrift.local/REPOSITORY:TAG` and so on.
 pub async fn push(lab: &Namespace, images: &Images, image: Image, repository: &str) -> Result<(), ToolError> {
-    Tool::words("skopeo copy --quiet --insecure-policy --dest-tls-verify=false")
+    lab.tool("skopeo copy --quiet --insecure-policy --dest-tls-verify=false")
         .arg(format!("oci-archive:{}", images.archive(image).display()))
         .arg(format!("docker://{}/{repository}", OPEN.address))
         .limit(Duration::from_secs(120))
-        .within(lab)
         .run()
         .await
         .map(drop)

@@ -15,7 +15,7 @@ use tokio::{
     process::Command,
 };
 
-use crate::{netns::Namespace, progress::Step};
+use crate::progress::Step;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ToolError {
@@ -94,14 +94,6 @@ impl Tool {
     /// How long it may take; a minute unless said.
     pub fn limit(mut self, limit: Duration) -> Self {
         self.limit = limit;
-        self
-    }
-
-    /// The same program with its sockets in another network namespace.
-    pub fn within(mut self, namespace: &Namespace) -> Self {
-        let mut argv = namespace.launcher();
-        argv.append(&mut self.argv);
-        self.argv = argv;
         self
     }
 

@@ -18,7 +18,6 @@ use spindrift_local::{
     netns::Namespace,
     process::Process,
     registry,
-    tool::Tool,
 };
 
 fn options(instance: &str) -> Result<Options> {
@@ -128,9 +127,10 @@ async fn a_lab_mends_what_was_killed_keeps_apart_from_another_and_leaves_nothing
     let first_lab = Lab::up(&first, &progress).await?;
     api_answers(&first_lab).await?;
     let other_host = first_lab.topology().hosts[1].address.to_string();
-    Tool::words("/bin/busybox ping -c 1 -W 5")
+    first_lab.topology().hosts[0]
+        .namespace
+        .tool("/bin/busybox ping -c 1 -W 5")
         .arg(other_host)
-        .within(&first_lab.topology().hosts[0].namespace)
         .run()
         .await?;
     ensure!(
