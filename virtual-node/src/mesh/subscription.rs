@@ -164,17 +164,18 @@ impl Subscription {
                 self.names.insert(name);
             }
         }
+        // What it drops with that is its own choice, even if it was not subscribed
+        // to the names: it may have held what it reported when it connected.
+        if !first && !request.unsubscribe.is_empty() {
+            self.held.doubt();
+        }
         for name in request.unsubscribe {
-            let was = if name == WILDCARD {
-                std::mem::take(&mut self.wildcard)
+            if name == WILDCARD {
+                self.wildcard = false;
             } else {
                 self.demanded.remove(&name);
                 self.again.remove(&name);
-                self.names.remove(&name)
-            };
-            // What it drops of its own accord is not ours to know.
-            if was && !first {
-                self.held.doubt();
+                self.names.remove(&name);
             }
         }
         if self.names.len() > MAX_NAMES {

@@ -204,12 +204,15 @@ fn a_subscription_has_bounds() {
     assert_eq!(client.request(many), Err(Refusal::TooManyNames));
 }
 
+/// What a client holds.
+type View = BTreeMap<Arc<str>, Arc<Resource>>;
+
 /// A client as the protocol has it: a view, and what it subscribed to.
 #[derive(Default)]
 struct Client {
     wildcard: bool,
     names: BTreeSet<String>,
-    view: BTreeMap<Arc<str>, Arc<Resource>>,
+    view: View,
     /// The answer on its way.
     arriving: Option<Answer>,
 }
@@ -320,6 +323,115 @@ fn change(snapshot: &mut Snapshot, step: &Step) {
     }
 }
 
+/// Plays the steps and lets the world hold still. What the client's view is then,
+/// and what it ought to be.
+fn play(wildcard: bool, steps: &[Step]) -> Result<[View; 2], &'static str> {
+    let mut snapshot = Arc::new(Snapshot::default());
+    let mut client = Client {
+        wildcard,
+        ..Client::default()
+    };
+    let mut server = Subscription::default();
+    send(&mut server, client.hello());
+    let deliver = |client: &mut Client, server: &mut Subscription| {
+        if let Some(answer) = client.arriving.take() {
+            client.take(&answer);
+            send(server, ack(&answer));
+        }
+    };
+    for step in steps {
+        change(Arc::make_mut(&mut snapshot), step);
+        match step {
+            Step::Subscribe(names) => {
+                for name in names {
+                    match name.as_str() {
+                        "*" => client.wildcard = true,
+                        _ => drop(client.names.insert(name.clone())),
+                    }
+                }
+                let request = Request {
+                    subscribe: names.clone(),
+                    ..Request::default()
+                };
+                send(&mut server, request);
+            }
+            Step::Unsubscribe(names) => {
+                for name in names {
+                    match name.as_str() {
+                        "*" => client.wildcard = false,
+                        _ => drop(client.names.remove(name)),
+                    }
+                }
+                client.drop_unsubscribed();
+                let request = Request {
+                    unsubscribe: names.clone(),
+                    ..Request::default()
+                };
+                send(&mut server, request);
+            }
+            Step::Deliver => deliver(&mut client, &mut server),
+            Step::Reconnect => {
+                client.arriving = None;
+                server = Subscription::default();
+                send(&mut server, client.hello());
+            }
+            _ => {}
+        }
+        if let Some(answer) = server.poll(&snapshot)
+            && client.arriving.replace(answer).is_some()
+        {
+            return Err("two answers on their way");
+        }
+    }
+    // It takes at most the answer on its way and one more.
+    for _ in 0..2 {
+        deliver(&mut client, &mut server);
+        client.arriving = server.poll(&snapshot);
+    }
+    deliver(&mut client, &mut server);
+    if server.poll(&snapshot).is_some() {
+        return Err("it comes to no rest");
+    }
+    let wanted = if client.wildcard {
+        snapshot
+            .iter()
+            .map(|r| (Arc::clone(&r.name), Arc::clone(r)))
+            .collect()
+    } else {
+        snapshot.select(&client.names)
+    };
+    Ok([client.view, wanted])
+}
+
+/// A client that reports at its reconnect what came too late to be dropped, and
+/// drops it with a request that changes nothing of its subscription.
+#[test]
+fn what_is_dropped_with_a_needless_unsubscription_is_sent_again() {
+    let subscribe = |name: &str| Step::Subscribe(vec![name.to_owned()]);
+    let unsubscribe = |name: &str| Step::Unsubscribe(vec![name.to_owned()]);
+    let steps = [
+        subscribe("svc/0"),
+        unsubscribe("*"),
+        subscribe("pod/3"),
+        Step::SetPod {
+            pod: 3,
+            body: 0,
+            services: 1,
+        },
+        Step::Deliver,
+        unsubscribe("pod/3"),
+        Step::Deliver,
+        Step::SetService { service: 0, body: 0 },
+        Step::Reconnect,
+        unsubscribe("*"),
+    ];
+    for wildcard in [true, false] {
+        let [view, wanted] = play(wildcard, &steps).unwrap();
+        assert_eq!(view, wanted);
+        assert_eq!(view.len(), 2, "the Service and its endpoint");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(1_000))]
 
@@ -328,63 +440,7 @@ proptest! {
         wildcard: bool,
         steps in prop::collection::vec(steps(), 0..60),
     ) {
-        let mut snapshot = Arc::new(Snapshot::default());
-        let mut client = Client { wildcard, ..Client::default() };
-        let mut server = Subscription::default();
-        server.request(client.hello()).unwrap();
-        let deliver = |client: &mut Client, server: &mut Subscription| {
-            if let Some(answer) = client.arriving.take() {
-                client.take(&answer);
-                server.request(ack(&answer)).unwrap();
-            }
-        };
-        for step in &steps {
-            change(Arc::make_mut(&mut snapshot), step);
-            match step {
-                Step::Subscribe(names) => {
-                    for name in names {
-                        match name.as_str() {
-                            "*" => client.wildcard = true,
-                            _ => drop(client.names.insert(name.clone())),
-                        }
-                    }
-                    server.request(Request { subscribe: names.clone(), ..Request::default() }).unwrap();
-                }
-                Step::Unsubscribe(names) => {
-                    for name in names {
-                        match name.as_str() {
-                            "*" => client.wildcard = false,
-                            _ => drop(client.names.remove(name)),
-                        }
-                    }
-                    client.drop_unsubscribed();
-                    server.request(Request { unsubscribe: names.clone(), ..Request::default() }).unwrap();
-                }
-                Step::Deliver => deliver(&mut client, &mut server),
-                Step::Reconnect => {
-                    client.arriving = None;
-                    server = Subscription::default();
-                    server.request(client.hello()).unwrap();
-                }
-                _ => {}
-            }
-            if let Some(answer) = server.poll(&snapshot) {
-                prop_assert!(client.arriving.is_none(), "two answers on their way");
-                client.arriving = Some(answer);
-            }
-        }
-        // The world holds still: it takes at most the answer on its way and one more.
-        for _ in 0..2 {
-            deliver(&mut client, &mut server);
-            client.arriving = server.poll(&snapshot);
-        }
-        deliver(&mut client, &mut server);
-        prop_assert_eq!(server.poll(&snapshot), None);
-        let wanted = if client.wildcard {
-            snapshot.iter().map(|r| (Arc::clone(&r.name), Arc::clone(r))).collect()
-        } else {
-            snapshot.select(&client.names)
-        };
-        prop_assert_eq!(client.view, wanted);
+        let [view, wanted] = play(wildcard, &steps).map_err(TestCaseError::fail)?;
+        prop_assert_eq!(view, wanted);
     }
 }
