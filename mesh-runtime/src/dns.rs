@@ -22,8 +22,6 @@ use std::{
 };
 
 use hickory_proto::op::{Message, MessageType, OpCode, ResponseCode};
-use nix::sys::socket::{setsockopt, sockopt};
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use tokio::{
     io::AsyncWriteExt,
     net::{TcpListener, TcpStream, UdpSocket},
@@ -35,7 +33,6 @@ use tokio::{
 use crate::{netns::Netns, state::Reader, telemetry::Metrics};
 use upstream::Upstream;
 
-const PORT: u16 = 53;
 /// Questions of all pods under way at once, and TCP connections. A question
 /// lives for `upstream::DEADLINE` at most, a silent connection for `TCP_IDLE`.
 const MAX_UNDER_WAY: usize = 512;
@@ -52,8 +49,6 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 pub struct Config {
     pub zone: Zone,
-    /// The cluster DNS address.
-    pub address: IpAddr,
     pub nameservers: Vec<IpAddr>,
     /// The tenant router's namespace, by which the name servers are reached.
     pub router: Netns,
@@ -70,12 +65,6 @@ pub struct Config {
 pub enum StartDnsError {
     #[error("cannot take over the DNS listeners")]
     Listener(#[source] io::Error),
-    #[error("cannot open a socket to answer from {address}")]
-    Answers {
-        address: SocketAddr,
-        #[source]
-        source: io::Error,
-    },
 }
 
 struct Dns {
@@ -86,20 +75,12 @@ struct Dns {
     metrics: Arc<Metrics>,
     client: Arc<dyn Fn(IpAddr) -> Option<Client> + Send + Sync>,
     under_way: Arc<Semaphore>,
-    /// Bound to the cluster DNS address: where answers come from.
-    answers: UdpSocket,
 }
 
 /// Serves on `tasks`.
 pub fn start(config: Config, tasks: &mut JoinSet<()>) -> Result<(), StartDnsError> {
     let udp = UdpSocket::from_std(config.udp).map_err(StartDnsError::Listener)?;
     let tcp = TcpListener::from_std(config.tcp).map_err(StartDnsError::Listener)?;
-    let address = SocketAddr::new(config.address, PORT);
-    let answers = config
-        .router
-        .enter(|| answering(address))
-        .and_then(|socket| UdpSocket::from_std(socket.into()))
-        .map_err(|source| StartDnsError::Answers { address, source })?;
     let dns = Arc::new(Dns {
         zone: config.zone,
         upstream: Upstream::new(config.router, &config.nameservers, config.metrics.clone()),
@@ -108,30 +89,16 @@ pub fn start(config: Config, tasks: &mut JoinSet<()>) -> Result<(), StartDnsErro
         metrics: config.metrics,
         client: config.client,
         under_way: Arc::new(Semaphore::new(MAX_UNDER_WAY)),
-        answers,
     });
     tasks.spawn(datagrams(dns.clone(), udp));
     tasks.spawn(connections(dns, tcp));
     Ok(())
 }
 
-/// Shares its address with that of another process, which may be going.
-fn answering(address: SocketAddr) -> io::Result<Socket> {
-    let socket = Socket::new(
-        Domain::for_address(address),
-        Type::DGRAM.nonblocking().cloexec(),
-        Some(Protocol::UDP),
-    )?;
-    setsockopt(&socket, sockopt::IpTransparent, &true)?;
-    socket.set_reuse_address(true)?;
-    socket.set_reuse_port(true)?;
-    socket.bind(&SockAddr::from(address))?;
-    // Nothing is read from it, so nothing should be kept for it.
-    socket.set_recv_buffer_size(0)?;
-    Ok(socket)
-}
-
+/// Questions, and their answers by the same socket: it is bound to the cluster DNS
+/// address, from which a pod expects them.
 async fn datagrams(dns: Arc<Dns>, socket: UdpSocket) {
+    let socket = Arc::new(socket);
     let mut buffer = vec![0; MAX_DATAGRAM];
     loop {
         let (length, peer) = match socket.recv_from(&mut buffer).await {
@@ -144,13 +111,13 @@ async fn datagrams(dns: Arc<Dns>, socket: UdpSocket) {
         };
         let question = &buffer[..length];
         match dns.at_once(question, peer.ip()) {
-            Step::Done(answer) => dns.answer(answer, peer),
+            Step::Done(reply) => answer_by(&socket, reply, peer),
             Step::Nothing => {}
             Step::Wait(place) => {
-                let (dns, question) = (dns.clone(), question.to_vec());
+                let (dns, socket, question) = (dns.clone(), socket.clone(), question.to_vec());
                 tokio::spawn(async move {
-                    if let Some(answer) = dns.later(&question, peer.ip(), Transport::Udp).await {
-                        dns.answer(answer, peer);
+                    if let Some(reply) = dns.later(&question, peer.ip(), Transport::Udp).await {
+                        answer_by(&socket, reply, peer);
                     }
                     drop(place);
                 });
@@ -314,14 +281,14 @@ impl Dns {
             None => failed(&message),
         }
     }
+}
 
-    fn answer(&self, reply: Reply, peer: SocketAddr) {
-        let Some(bytes) = reply.bytes(Transport::Udp) else {
-            return;
-        };
-        // A full buffer loses it, as UDP may.
-        let _lost = self.answers.try_send_to(&bytes, peer);
-    }
+fn answer_by(socket: &UdpSocket, reply: Reply, peer: SocketAddr) {
+    let Some(bytes) = reply.bytes(Transport::Udp) else {
+        return;
+    };
+    // A full buffer loses it, as UDP may.
+    let _lost = socket.try_send_to(&bytes, peer);
 }
 
 fn ours(question: &Message, message: Message) -> Reply {

@@ -196,7 +196,6 @@ impl TenantProxy {
                     network: mesh.network.name.clone(),
                     cluster_pods: tenant.cluster_pod_range,
                 },
-                address: tenant.dns_address,
                 nameservers: tenant.upstream_nameservers.clone(),
                 router,
                 udp: dns_udp,
