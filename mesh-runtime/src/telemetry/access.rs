@@ -68,13 +68,15 @@ pub(super) struct Line {
 
 #[derive(Debug)]
 pub(super) struct Log {
-    lines: mpsc::SyncSender<Line>,
+    /// Boxed, because the queue has its room from the start: 128 KiB of pointers,
+    /// or most of a megabyte of lines.
+    lines: mpsc::SyncSender<Box<Line>>,
     dropped: Counter,
 }
 
 impl Log {
     pub(super) fn start() -> Self {
-        let (lines, queue) = mpsc::sync_channel::<Line>(QUEUE);
+        let (lines, queue) = mpsc::sync_channel::<Box<Line>>(QUEUE);
         let dispatch = tracing::dispatcher::get_default(Clone::clone);
         let dropped = Counter::default();
         let write = move || {
@@ -96,7 +98,7 @@ impl Log {
     }
 
     pub(super) fn write(&self, line: Line) {
-        if self.lines.try_send(line).is_err() {
+        if self.lines.try_send(Box::new(line)).is_err() {
             self.dropped.inc();
         }
     }
