@@ -18,6 +18,7 @@ mod dial;
 mod failure;
 mod hbone;
 mod inbound;
+mod intake;
 mod live;
 mod outbound;
 mod pods;

@@ -2,7 +2,7 @@
 //! unless both sides said their last: an application must not take a cut for an
 //! end.
 
-use std::ops::Deref;
+use std::ops::{Deref, DerefMut};
 
 use tokio::net::TcpStream;
 
@@ -31,6 +31,15 @@ impl Deref for Connection {
         match &self.stream {
             Some(stream) => stream,
             // Only `finish` takes it, and that takes the connection too.
+            None => unreachable!("a finished connection has no holder"),
+        }
+    }
+}
+
+impl DerefMut for Connection {
+    fn deref_mut(&mut self) -> &mut TcpStream {
+        match &mut self.stream {
+            Some(stream) => stream,
             None => unreachable!("a finished connection has no holder"),
         }
     }

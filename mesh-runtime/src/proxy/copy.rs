@@ -4,29 +4,41 @@
 //! Either direction ends on its own (half-close is carried through) and the
 //! connection ends with both. A failure of one ends both, and is told by reset.
 //! Idle connections hold no buffer; busy ones grow theirs. Nothing is read from
-//! one side that the other has no room for.
+//! one side while the other has no room, and at most a piece beyond its room.
+//!
+//! Sockets are read and written through tokio's own traits, which learn from a
+//! read that was answered with less that the socket is empty. A read by
+//! `try_read` finds that out by one system call more.
 
 use std::{
+    collections::VecDeque,
     future::{Future, poll_fn},
     io::{self, IoSlice},
     pin::pin,
     task::{Poll, ready},
 };
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, Bytes};
 use futures::future::{Either, select};
 use h2::{RecvStream, SendStream};
-use tokio::{io::Interest, net::TcpStream};
+use tokio::{
+    io::{AsyncWriteExt, Interest},
+    net::{
+        TcpStream,
+        tcp::{ReadHalf, WriteHalf},
+    },
+};
 
+use super::intake::Intake;
 use crate::telemetry::Flow;
 
-/// The first read of a connection; most are answered with less.
-const MIN_CHUNK: usize = 4 << 10;
 /// What a busy direction reads at once. It fits the core's cache with its
-/// encrypted twin, and is a whole number of TLS records.
-const MAX_CHUNK: usize = 64 << 10;
-/// Chunks of a tunnel's stream written to a socket in one call.
-const MAX_SLICES: usize = 16;
+/// encrypted twin; as a frame, with its header, it fills whole TLS records.
+const MAX_PIECE: usize = (64 << 10) - FRAME_HEADER;
+/// Of HTTP/2 (RFC 9113, 4.1).
+const FRAME_HEADER: usize = 9;
+/// Pieces of a tunnel's stream are gathered up to this for one write.
+const MAX_GATHERED: usize = 64 << 10;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CopyError {
@@ -62,13 +74,15 @@ impl<'a> Meter<'a> {
 
 /// Between the client's socket and the server's.
 pub(crate) async fn sockets(
-    client: &TcpStream,
-    server: &TcpStream,
+    client: &mut TcpStream,
+    server: &mut TcpStream,
     meter: Meter<'_>,
 ) -> Result<(), CopyError> {
-    let up = socket_to_socket(client, server, |n| meter.received(n));
+    let (client_read, client_write) = client.split();
+    let (server_read, server_write) = server.split();
+    let up = socket_to_socket(client_read, server_write, |n| meter.received(n));
     let down = async {
-        socket_to_socket(server, client, |n| meter.sent(n))
+        socket_to_socket(server_read, client_write, |n| meter.sent(n))
             .await
             .map_err(|error| match error {
                 CopyError::Socket(e) => CopyError::FarSocket(e),
@@ -81,30 +95,30 @@ pub(crate) async fn sockets(
 
 /// Between a client's socket and the stream of a tunnel to its server.
 pub(crate) async fn client_to_tunnel(
-    client: &TcpStream,
+    client: &mut TcpStream,
     send: &mut SendStream<Bytes>,
     receive: &mut RecvStream,
     meter: Meter<'_>,
 ) -> Result<(), CopyError> {
+    let (read, write) = client.split();
     both(
-        client,
-        socket_to_stream(client, send, |n| meter.received(n)),
-        stream_to_socket(receive, client, |n| meter.sent(n)),
+        socket_to_stream(read, send, |n| meter.received(n)),
+        stream_to_socket(receive, write, |n| meter.sent(n)),
     )
     .await
 }
 
 /// Between the stream of a client's tunnel and its server's socket.
 pub(crate) async fn tunnel_to_server(
-    server: &TcpStream,
+    server: &mut TcpStream,
     send: &mut SendStream<Bytes>,
     receive: &mut RecvStream,
     meter: Meter<'_>,
 ) -> Result<(), CopyError> {
+    let (read, write) = server.split();
     both(
-        server,
-        socket_to_stream(server, send, |n| meter.sent(n)),
-        stream_to_socket(receive, server, |n| meter.received(n)),
+        socket_to_stream(read, send, |n| meter.sent(n)),
+        stream_to_socket(receive, write, |n| meter.received(n)),
     )
     .await
 }
@@ -112,19 +126,18 @@ pub(crate) async fn tunnel_to_server(
 /// Drives both directions. When the application has said its last, nothing
 /// reads its socket any more, so its death is watched for: a tunnel whose far
 /// side never ends its half would keep the descriptor for ever.
-async fn both(
-    socket: &TcpStream,
-    from_socket: impl Future<Output = Result<(), CopyError>>,
+async fn both<'a>(
+    from_socket: impl Future<Output = Result<ReadHalf<'a>, CopyError>>,
     to_socket: impl Future<Output = Result<(), CopyError>>,
 ) -> Result<(), CopyError> {
     let mut from_socket = pin!(from_socket);
     let mut to_socket = pin!(to_socket);
     match select(from_socket.as_mut(), to_socket.as_mut()).await {
         Either::Left((done, _)) => {
-            done?;
+            let socket = done?;
             match select(to_socket, pin!(socket.ready(Interest::ERROR))).await {
                 Either::Left((done, _)) => done,
-                Either::Right((ready, rest)) => match ready.and_then(|_| pending_error(socket)) {
+                Either::Right((ready, rest)) => match ready.and_then(|_| pending_error(&socket)) {
                     Err(error) => Err(CopyError::Socket(error)),
                     // An event without an error to it: only the copy can tell.
                     Ok(()) => rest.await,
@@ -133,154 +146,106 @@ async fn both(
         }
         Either::Right((done, rest)) => {
             done?;
-            rest.await
+            rest.await.map(|_| ())
         }
     }
 }
 
-fn pending_error(socket: &TcpStream) -> io::Result<()> {
-    match socket.take_error()? {
+fn pending_error(socket: &ReadHalf<'_>) -> io::Result<()> {
+    match socket.as_ref().take_error()? {
         Some(error) => Err(error),
         None => Ok(()),
     }
 }
 
-/// How much to read at once, after what was read before.
-struct Chunk(usize);
-
-impl Chunk {
-    fn new() -> Self {
-        Self(MIN_CHUNK)
-    }
-
-    fn adapt(&mut self, read: usize, offered: usize) {
-        if read == offered {
-            self.0 = (self.0 * 2).min(MAX_CHUNK);
-        } else if read < self.0 / 4 {
-            self.0 = (self.0 / 2).max(MIN_CHUNK);
-        }
-    }
-}
-
-async fn socket_to_socket(from: &TcpStream, to: &TcpStream, count: impl Fn(usize)) -> Result<(), CopyError> {
-    let mut chunk = Chunk::new();
-    let mut buffer = BytesMut::new();
+async fn socket_to_socket(
+    mut from: ReadHalf<'_>,
+    mut to: WriteHalf<'_>,
+    count: impl Fn(usize),
+) -> Result<(), CopyError> {
+    let mut intake = Intake::new(MAX_PIECE);
     loop {
-        let read = read(from, &mut buffer, chunk.0)
-            .await
-            .map_err(CopyError::Socket)?;
-        if read == 0 {
-            return shutdown(to).map_err(CopyError::FarSocket);
+        let read = poll_fn(|cx| intake.poll_read(&mut from, cx)).await;
+        if read.map_err(CopyError::Socket)? == 0 {
+            return shutdown(to).await.map_err(CopyError::FarSocket);
         }
-        chunk.adapt(read, chunk.0);
-        while !buffer.is_empty() {
-            let written = write(to, &buffer).await.map_err(CopyError::FarSocket)?;
-            count(written);
-            buffer.advance(written);
-        }
-        buffer.clear();
-    }
-}
-
-/// Reads what is there, up to `room`; 0 at the end. Waits without a buffer.
-async fn read(from: &TcpStream, buffer: &mut BytesMut, room: usize) -> io::Result<usize> {
-    loop {
-        if buffer.capacity() == 0 {
-            from.readable().await?;
-        }
-        buffer.reserve(room);
-        match from.try_read_buf(&mut buffer.limit(room)) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => *buffer = BytesMut::new(),
-            done => return done,
-        }
-    }
-}
-
-async fn write(to: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
-    loop {
-        match to.try_write(bytes) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => to.writable().await?,
-            done => return done,
+        while intake.buffer.has_remaining() {
+            let written = to.write_buf(&mut intake.buffer).await;
+            count(written.map_err(CopyError::FarSocket)?);
         }
     }
 }
 
 /// Says that no more will come. A peer that is gone already needs no telling.
-fn shutdown(socket: &TcpStream) -> io::Result<()> {
-    match socket2::SockRef::from(socket).shutdown(std::net::Shutdown::Write) {
+async fn shutdown(mut socket: WriteHalf<'_>) -> io::Result<()> {
+    match socket.shutdown().await {
         Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
         done => done,
     }
 }
 
-async fn socket_to_stream(
-    from: &TcpStream,
+/// Gives the socket back at its end, for [`both`] to watch.
+async fn socket_to_stream<'a>(
+    mut from: ReadHalf<'a>,
     send: &mut SendStream<Bytes>,
     count: impl Fn(usize),
-) -> Result<(), CopyError> {
-    let mut chunk = Chunk::new();
-    let mut buffer = BytesMut::new();
+) -> Result<ReadHalf<'a>, CopyError> {
+    let mut intake = Intake::new(MAX_PIECE);
     loop {
-        let room = capacity(send, chunk.0).await?.min(chunk.0);
+        // With any room at all a whole piece is read: the stream keeps what goes
+        // beyond, and windows do not cut pieces to crumbs.
+        room(send, intake.piece()).await?;
         let read = {
-            let read = read(from, &mut buffer, room);
+            let read = poll_fn(|cx| intake.poll_read(&mut from, cx));
             // The far side may have given up while nothing is to be sent.
             let given_up = poll_fn(|cx| send.poll_reset(cx));
-            match select(pin!(read), given_up).await {
+            match select(read, given_up).await {
                 Either::Left((read, _)) => read.map_err(CopyError::Socket)?,
                 Either::Right((Ok(reason), _)) => return Err(CopyError::Stream(reason.into())),
                 Either::Right((Err(error), _)) => return Err(CopyError::Stream(error)),
             }
         };
+        let piece = intake.buffer.split().freeze();
+        send.send_data(piece, read == 0).map_err(CopyError::Stream)?;
         if read == 0 {
-            return send.send_data(Bytes::new(), true).map_err(CopyError::Stream);
+            return Ok(from);
         }
-        send.send_data(buffer.split().freeze(), false)
-            .map_err(CopyError::Stream)?;
         count(read);
-        chunk.adapt(read, room);
     }
 }
 
-/// Waits until the stream takes at least a byte; how many it takes.
-async fn capacity(send: &mut SendStream<Bytes>, wanted: usize) -> Result<usize, CopyError> {
+/// Waits until the stream takes at least a byte.
+async fn room(send: &mut SendStream<Bytes>, wanted: usize) -> Result<(), CopyError> {
     send.reserve_capacity(wanted);
     poll_fn(|cx| {
-        loop {
-            match send.capacity() {
-                0 => match ready!(send.poll_capacity(cx)) {
-                    Some(Ok(_)) => {}
-                    Some(Err(error)) => return Poll::Ready(Err(CopyError::Stream(error))),
-                    None => return Poll::Ready(Err(CopyError::StreamClosed)),
-                },
-                room => return Poll::Ready(Ok(room)),
+        while send.capacity() == 0 {
+            match ready!(send.poll_capacity(cx)) {
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return Poll::Ready(Err(CopyError::Stream(error))),
+                None => return Poll::Ready(Err(CopyError::StreamClosed)),
             }
         }
+        Poll::Ready(Ok(()))
     })
     .await
 }
 
 async fn stream_to_socket(
     from: &mut RecvStream,
-    to: &TcpStream,
+    mut to: WriteHalf<'_>,
     count: impl Fn(usize),
 ) -> Result<(), CopyError> {
-    let mut chunks: Vec<Bytes> = Vec::new();
+    let mut gathered = Gathered::default();
     loop {
-        let first = match poll_fn(|cx| from.poll_data(cx)).await {
-            Some(data) => data.map_err(CopyError::Stream)?,
-            None => return shutdown(to).map_err(CopyError::Socket),
-        };
-        chunks.push(first);
+        match poll_fn(|cx| from.poll_data(cx)).await {
+            Some(piece) => gathered.push(piece.map_err(CopyError::Stream)?),
+            None => return shutdown(to).await.map_err(CopyError::Socket),
+        }
         // Whatever else is there goes in the same call.
-        let mut total = chunks[0].len();
         poll_fn(|cx| {
-            while chunks.len() < MAX_SLICES && total < MAX_CHUNK {
+            while gathered.remaining() < MAX_GATHERED {
                 match from.poll_data(cx) {
-                    Poll::Ready(Some(Ok(data))) => {
-                        total += data.len();
-                        chunks.push(data);
-                    }
+                    Poll::Ready(Some(Ok(piece))) => gathered.push(piece),
                     // An end or an error is found again by the next poll.
                     _ => break,
                 }
@@ -288,54 +253,103 @@ async fn stream_to_socket(
             Poll::Ready(())
         })
         .await;
-        write_all(to, &mut chunks, |written| {
+        while gathered.has_remaining() {
+            let written = to.write_buf(&mut gathered).await.map_err(CopyError::Socket)?;
             count(written);
             // Room for the sender, now that it has left here. It cannot be more
             // than was received.
-            from.flow_control().release_capacity(written)
-        })
-        .await?;
+            from.flow_control()
+                .release_capacity(written)
+                .map_err(CopyError::Stream)?;
+        }
     }
 }
 
-async fn write_all(
-    to: &TcpStream,
-    chunks: &mut Vec<Bytes>,
-    mut done: impl FnMut(usize) -> Result<(), h2::Error>,
-) -> Result<(), CopyError> {
-    let mut begin = 0;
-    while begin < chunks.len() {
-        if chunks[begin].is_empty() {
-            begin += 1;
-            continue;
-        }
-        let mut written = match try_write(to, &chunks[begin..]) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                to.writable().await.map_err(CopyError::Socket)?;
-                continue;
-            }
-            other => other.map_err(CopyError::Socket)?,
-        };
-        done(written).map_err(CopyError::Stream)?;
-        while written > 0 {
-            let take = written.min(chunks[begin].len());
-            chunks[begin].advance(take);
-            written -= take;
-            if chunks[begin].is_empty() {
-                begin += 1;
-            }
-        }
-    }
-    chunks.clear();
-    Ok(())
+/// Pieces that are written as one.
+#[derive(Debug, Default)]
+struct Gathered {
+    /// None of them empty.
+    pieces: VecDeque<Bytes>,
+    remaining: usize,
 }
 
-fn try_write(to: &TcpStream, chunks: &[Bytes]) -> io::Result<usize> {
-    let mut slices = [IoSlice::new(&[]); MAX_SLICES];
-    let mut used = 0;
-    for (slice, chunk) in slices.iter_mut().zip(chunks) {
-        *slice = IoSlice::new(chunk);
-        used += 1;
+impl Gathered {
+    fn push(&mut self, piece: Bytes) {
+        if !piece.is_empty() {
+            self.remaining += piece.len();
+            self.pieces.push_back(piece);
+        }
     }
-    to.try_write_vectored(&slices[..used])
+}
+
+impl Buf for Gathered {
+    fn remaining(&self) -> usize {
+        self.remaining
+    }
+
+    fn chunk(&self) -> &[u8] {
+        self.pieces.front().map_or(&[], |piece| piece)
+    }
+
+    fn chunks_vectored<'a>(&'a self, slices: &mut [IoSlice<'a>]) -> usize {
+        slices
+            .iter_mut()
+            .zip(&self.pieces)
+            .map(|(slice, piece)| *slice = IoSlice::new(piece))
+            .count()
+    }
+
+    fn advance(&mut self, mut count: usize) {
+        self.remaining -= count;
+        while let Some(first) = self.pieces.front_mut() {
+            if count < first.len() {
+                return first.advance(count);
+            }
+            count -= first.len();
+            self.pieces.pop_front();
+        }
+        // An idle connection keeps nothing.
+        self.pieces = VecDeque::new();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_piece_and_its_header_fill_whole_records() {
+        const RECORD: usize = 16 << 10;
+        assert_eq!((MAX_PIECE + FRAME_HEADER) % RECORD, 0);
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_gathered_is_taken_in_order_however_it_is_taken(
+            pieces in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..20), 0..100),
+            takes in prop::collection::vec(1..30_usize, 0..100),
+        ) {
+            let mut gathered = Gathered::default();
+            let whole = pieces.concat();
+            pieces.into_iter().for_each(|piece| gathered.push(piece.into()));
+            let mut taken = Vec::new();
+            for take in takes.into_iter().chain(std::iter::repeat(7)) {
+                prop_assert_eq!(gathered.remaining(), whole.len() - taken.len());
+                if !gathered.has_remaining() {
+                    break;
+                }
+                let mut slices = [IoSlice::new(&[]); 4];
+                let used = gathered.chunks_vectored(&mut slices);
+                let shown: Vec<u8> = slices[..used].iter().flat_map(|s| s.iter().copied()).collect();
+                prop_assert!(shown.starts_with(gathered.chunk()) && !gathered.chunk().is_empty());
+                let take = take.min(shown.len());
+                taken.extend_from_slice(&shown[..take]);
+                gathered.advance(take);
+            }
+            prop_assert_eq!(taken, whole);
+            prop_assert_eq!(gathered.pieces.capacity(), 0);
+        }
+    }
 }

@@ -42,12 +42,12 @@ pub(crate) async fn plaintext(
     client: Client,
     target: SocketAddr,
 ) {
-    let socket = Connection::from(tcp);
+    let mut socket = Connection::from(tcp);
     let flow = flow(&mesh, &pod, &client, target);
     let served = async {
         authorize(&mesh, &pod, &client, target).await?;
-        let server = dial(&mesh, &pod, client.address.ip(), target).await?;
-        copy::sockets(&socket, &server, Meter::new(std::slice::from_ref(&flow))).await?;
+        let mut server = dial(&mesh, &pod, client.address.ip(), target).await?;
+        copy::sockets(&mut socket, &mut server, Meter::new(std::slice::from_ref(&flow))).await?;
         server.finish();
         Ok::<(), Failure>(())
     }

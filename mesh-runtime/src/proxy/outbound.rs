@@ -62,7 +62,7 @@ pub(crate) async fn serve(
     target: SocketAddr,
     subject: Subject,
 ) {
-    let socket = Connection::from(tcp);
+    let mut socket = Connection::from(tcp);
     let captured = Captured {
         mesh: &mesh,
         pod: &pod,
@@ -74,7 +74,7 @@ pub(crate) async fn serve(
     // Reaching takes much more room than carrying; it is given back.
     match Box::pin(captured.reach()).await {
         Ok(Reached { server, flows }) => {
-            let carried = server.carry(&socket, Meter::new(&flows)).await;
+            let carried = server.carry(&mut socket, Meter::new(&flows)).await;
             match carried {
                 Ok(()) => {
                     socket.finish();
@@ -120,10 +120,10 @@ struct Stream {
 }
 
 impl Server {
-    async fn carry(self, socket: &Connection, meter: Meter<'_>) -> Result<(), copy::CopyError> {
+    async fn carry(self, socket: &mut Connection, meter: Meter<'_>) -> Result<(), copy::CopyError> {
         match self {
-            Self::Socket(server) => {
-                copy::sockets(socket, &server, meter).await?;
+            Self::Socket(mut server) => {
+                copy::sockets(socket, &mut server, meter).await?;
                 server.finish();
             }
             Self::Tunnel(mut stream) => {

@@ -205,7 +205,7 @@ async fn deliver(
         Ok(()) => inbound::dial(&mesh, &pod, client.address.ip(), target).await,
         Err(refused) => Err(refused),
     };
-    let server = match dialled {
+    let mut server = match dialled {
         Ok(server) => server,
         Err(failure) => {
             let status = match failure {
@@ -225,7 +225,7 @@ async fn deliver(
     };
     let copied = {
         let meter = Meter::new(std::slice::from_ref(&flow));
-        copy::tunnel_to_server(&server, &mut send, &mut receive, meter).await
+        copy::tunnel_to_server(&mut server, &mut send, &mut receive, meter).await
     };
     match copied {
         Ok(()) => {
