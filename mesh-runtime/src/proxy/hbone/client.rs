@@ -17,8 +17,8 @@ use tokio::{sync::Notify, time::timeout};
 use tokio_rustls::TlsConnector;
 
 use super::{
-    HANDSHAKE_TIMEOUT, MAX_FRAME, MAX_HEADERS, SEND_BUFFER, STREAM_WINDOW, TUNNEL_WINDOW, TunnelError,
-    keepalive, peer_identity,
+    HANDSHAKE_TIMEOUT, MAX_FRAME, MAX_HEADERS, SEND_BUFFER, STREAM_WINDOW, TLS_BUFFER, TUNNEL_WINDOW,
+    TunnelError, keepalive, peer_identity, read_ahead::ReadAhead,
 };
 use crate::{
     identity::Certificate,
@@ -72,7 +72,7 @@ impl Tunnel {
         let connector = TlsConnector::from(source.certificate.tls.client.clone());
         // Never sent, never looked at: who is there is in the certificate.
         let name = ServerName::IpAddress(key.to.ip().into());
-        let tls = timeout(HANDSHAKE_TIMEOUT, connector.connect(name, tcp))
+        let mut tls = timeout(HANDSHAKE_TIMEOUT, connector.connect(name, ReadAhead::from(tcp)))
             .await
             .map_err(|_| TunnelError::TlsTimeout)?
             .map_err(TunnelError::Tls)?;
@@ -87,6 +87,7 @@ impl Tunnel {
         let handshake = h2::client::Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(TUNNEL_WINDOW)
+        tls.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
             .max_frame_size(MAX_FRAME)
             .max_header_list_size(MAX_HEADERS)
             .max_send_buffer_size(SEND_BUFFER)

@@ -25,8 +25,8 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 
 use super::{
-    HANDSHAKE_TIMEOUT, MAX_FRAME, MAX_HEADERS, MAX_SERVER_STREAMS, SEND_BUFFER, STREAM_WINDOW, TUNNEL_WINDOW,
-    keepalive, peer_identity, request,
+    HANDSHAKE_TIMEOUT, MAX_FRAME, MAX_HEADERS, MAX_SERVER_STREAMS, SEND_BUFFER, STREAM_WINDOW, TLS_BUFFER,
+    TUNNEL_WINDOW, keepalive, peer_identity, read_ahead::ReadAhead, request,
 };
 use crate::{
     proxy::{
@@ -58,7 +58,7 @@ pub(crate) async fn serve(
     };
     let acceptor = TlsAcceptor::from(certificate.tls.server.clone());
     drop(certificate);
-    let tls = match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(tcp)).await {
+    let mut tls = match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(ReadAhead::from(tcp))).await {
         Ok(Ok(tls)) => tls,
         Ok(Err(error)) => {
             tracing::info!(%peer, pod.uid = %pod.record.key.pod, error = %causes(&error), "tunnel refused: TLS failed");
@@ -79,6 +79,7 @@ pub(crate) async fn serve(
             return;
         }
     };
+    tls.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
     let handshake = h2::server::Builder::new()
         .initial_window_size(STREAM_WINDOW)
         .initial_connection_window_size(TUNNEL_WINDOW)
