@@ -482,6 +482,15 @@ impl Lab {
         sum("istio_tcp_connections_opened_total") - sum("istio_tcp_connections_closed_total")
     }
 
+    /// Tunnels that the host's pods have opened.
+    pub(crate) fn tunnels(&self, host: usize) -> i64 {
+        let text = self.metrics(host);
+        let line = text
+            .lines()
+            .find(|l| l.starts_with("mesh_tunnels{") && l.contains("direction=\"outbound\""));
+        line.map_or(0, |l| l.rsplit(' ').next().unwrap().parse().unwrap())
+    }
+
     pub(crate) fn metrics(&self, host: usize) -> String {
         let mut text = String::new();
         prometheus_client::encoding::text::encode(&mut text, &self.hosts[host].registry).unwrap();

@@ -85,6 +85,32 @@ async fn certificates_are_renewed_before_they_end_and_connections_do_not_notice(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_tunnel_of_an_older_certificate_carries_its_streams_to_their_end_and_no_others() {
+    let lab = Lab::new().await;
+    lab.control.certificates_live(Duration::from_secs(14));
+    let client = lab.pod(0, "client").await;
+    let web = lab.pod(1, "web").await;
+    lab.control.settled().await;
+    echo(&web);
+    let mut old = client.connect(web.at(8080)).await.unwrap();
+    let mut beside = client.connect(web.at(8080)).await.unwrap();
+    assert!(lives(&mut old).await && lives(&mut beside).await);
+    assert_eq!(lab.tunnels(0), 1, "they share one");
+    drop(beside);
+    until("a new connection has a tunnel of its own", async || {
+        assert!(lives(&mut client.connect(web.at(8080)).await.unwrap()).await);
+        lab.tunnels(0) == 2
+    })
+    .await;
+    assert!(lives(&mut old).await);
+    drop(old);
+    until("the old one ends with its last stream", async || {
+        lab.tunnels(0) == 1
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_connection_waits_for_the_pods_first_certificate() {
     let lab = Lab::new().await;
     let web = lab.pod(1, "web").await;

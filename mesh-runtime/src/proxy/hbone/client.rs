@@ -7,6 +7,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    time::SystemTime,
 };
 
 use bytes::Bytes;
@@ -48,6 +49,8 @@ pub(crate) struct Source {
 /// holds it.
 pub(crate) struct Tunnel {
     requests: SendRequest<Bytes>,
+    /// When the certificate that it was opened with was made.
+    issued: SystemTime,
     streams: AtomicUsize,
     /// It takes no more streams: it broke, or the peer said so.
     spent: AtomicBool,
@@ -84,10 +87,10 @@ impl Tunnel {
                 expected: key.expected.clone(),
             });
         }
+        tls.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
         let handshake = h2::client::Builder::new()
             .initial_window_size(STREAM_WINDOW)
             .initial_connection_window_size(TUNNEL_WINDOW)
-        tls.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
             .max_frame_size(MAX_FRAME)
             .max_header_list_size(MAX_HEADERS)
             .max_send_buffer_size(SEND_BUFFER)
@@ -99,6 +102,7 @@ impl Tunnel {
             .map_err(TunnelError::Http2)?;
         let tunnel = Arc::new(Self {
             requests,
+            issued: source.certificate.not_before,
             streams: AtomicUsize::new(0),
             spent: AtomicBool::new(false),
             idle: Notify::new(),
@@ -136,6 +140,11 @@ impl Tunnel {
             })
             .ok()
             .map(|_| Place { tunnel: self.clone() })
+    }
+
+    /// Whether it was opened before `certificate` was made.
+    pub(crate) fn is_older_than(&self, certificate: &Certificate) -> bool {
+        self.issued < certificate.not_before
     }
 
     pub(crate) fn streams(&self) -> usize {

@@ -80,7 +80,7 @@ impl Pool {
             let outcome = {
                 let mut peers = self.0.peers();
                 let peer = peers.entry(key.clone()).or_default();
-                if let Some(place) = peer.place() {
+                if let Some(place) = peer.place(source) {
                     return Ok(place);
                 }
                 match peer.attempts.iter_mut().find(|a| a.hopes < HOPES) {
@@ -134,8 +134,14 @@ impl Pool {
 }
 
 impl Peer {
-    /// In the tunnel with the fewest streams.
-    fn place(&mut self) -> Option<Place> {
+    /// In the tunnel with the fewest streams. A tunnel that was opened with an
+    /// older certificate carries its streams to their ends, and no others. A newer
+    /// one is as good: who asks may have waited since before it was issued.
+    fn place(&mut self, source: &Source) -> Option<Place> {
+        self.tunnels
+            .iter()
+            .filter(|tunnel| tunnel.is_older_than(&source.certificate))
+            .for_each(|tunnel| tunnel.spend());
         self.tunnels.retain(|tunnel| !tunnel.is_spent());
         self.tunnels.sort_by_key(|tunnel| tunnel.streams());
         self.tunnels.iter().find_map(Tunnel::place)
