@@ -21,13 +21,14 @@ mod inbound;
 mod intake;
 mod live;
 mod outbound;
+mod outliers;
 mod pods;
 
 use std::{
     collections::BTreeSet,
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -56,6 +57,7 @@ use destination::Network;
 use dial::Dialer;
 use failure::Failure;
 use live::Live;
+use outliers::Outliers;
 use pods::{LocalPod, Pods};
 
 /// How long a connection waits for what may still be on its way: the mesh's
@@ -123,6 +125,7 @@ struct Mesh {
     pods: Pods,
     certificates: Certificates,
     dialer: Dialer,
+    outliers: Mutex<Outliers>,
     metrics: Arc<Metrics>,
 }
 
@@ -164,6 +167,7 @@ impl TenantProxy {
             pods: Pods::default(),
             certificates: Certificates::default(),
             dialer: Dialer::new(router.clone()),
+            outliers: Mutex::default(),
             metrics,
         });
 
@@ -497,6 +501,11 @@ impl Mesh {
         tokio::time::timeout(WAIT, own)
             .await
             .map_err(|_| Failure::UnknownSelf)
+    }
+
+    fn outliers(&self) -> MutexGuard<'_, Outliers> {
+        // Nothing that can panic runs under it.
+        self.outliers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn decide(&self, pod: &LocalPod, facts: &Facts) -> Verdict {

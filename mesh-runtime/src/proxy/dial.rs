@@ -43,6 +43,16 @@ pub(crate) enum DialError {
     Timeout { to: SocketAddr },
 }
 
+impl DialError {
+    /// Whether it says something of who was dialled.
+    pub(crate) fn is_the_peers(&self) -> bool {
+        match self {
+            Self::Socket(_) => false,
+            Self::Connect { .. } | Self::Timeout { .. } => true,
+        }
+    }
+}
+
 impl Dialer {
     pub(crate) fn new(router: Netns) -> Self {
         Self { router }

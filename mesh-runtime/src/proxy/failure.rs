@@ -68,9 +68,9 @@ impl Failure {
     /// Whether another endpoint may do better.
     pub(crate) fn is_the_endpoints(&self) -> bool {
         match self {
-            Self::Dial(_) | Self::OtherPod | Self::Tunnel(_) | Self::TunnelBroke { .. } | Self::NoAnswer => {
-                true
-            }
+            Self::Dial(error) => error.is_the_peers(),
+            Self::Tunnel(error) => error.is_the_peers(),
+            Self::OtherPod | Self::TunnelBroke { .. } | Self::NoAnswer => true,
             // 503 says that the endpoint's application took no connection.
             Self::Answer { status } => *status == http::StatusCode::SERVICE_UNAVAILABLE,
             _ => false,

@@ -79,6 +79,20 @@ impl TunnelError {
             Self::Http2(_) | Self::Http2Timeout => Flag::Http2Handshake,
         }
     }
+
+    /// Whether it says something of the far end.
+    pub(crate) fn is_the_peers(&self) -> bool {
+        match self {
+            Self::Dial(error) => error.is_the_peers(),
+            Self::Closed | Self::Died => false,
+            Self::Tls(_)
+            | Self::TlsTimeout
+            | Self::WrongPeer { .. }
+            | Self::Certificate(_)
+            | Self::Http2(_)
+            | Self::Http2Timeout => true,
+        }
+    }
 }
 
 /// Returns when the peer no longer answers. TCP's own keepalive would not see a

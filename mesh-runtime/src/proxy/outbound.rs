@@ -214,9 +214,15 @@ impl Captured<'_> {
                 }
             };
             match self.attempt(&hop).await {
-                Ok(reached) => return Ok(reached),
+                Ok(reached) => {
+                    self.mesh.outliers().reached(hop.address);
+                    return Ok(reached);
+                }
                 Err(failure) => {
                     let again = failure.is_the_endpoints();
+                    if again {
+                        self.mesh.outliers().failed(hop.address, Instant::now());
+                    }
                     tried.extend(hop.workload.as_ref().map(|w| w.uid.clone()));
                     last = Some((failure, hop));
                     if !again {
@@ -258,17 +264,24 @@ impl Captured<'_> {
                 .map(|w| w.node.clone())
                 .unwrap_or_default(),
         };
-        let chosen = balance::choose(
-            &client,
-            service,
-            &view.endpoints,
-            self.target.port(),
-            rand::random(),
-            |w| tried.contains(&w.uid),
-        );
-        let address = chosen.map(|c| (c, c.endpoint.addresses.iter().find(|a| a.is_ipv4())));
+        let port = self.target.port();
+        let choose = |left_out: &dyn Fn(&Workload) -> bool| {
+            balance::choose(&client, service, &view.endpoints, port, rand::random(), left_out)
+        };
+        let was_tried = |w: &Workload| tried.contains(&w.uid);
+        let resting = self.mesh.outliers().resting(Instant::now());
+        let rests = |w: &Workload| {
+            let endpoint = || Some(SocketAddr::new(ipv4(w)?, w.target_port(service, port)?));
+            !resting.is_empty() && endpoint().is_some_and(|endpoint| resting.contains(&endpoint))
+        };
+        let chosen = match choose(&|w| was_tried(w) || rests(w)) {
+            // Better one that failed a moment ago than none.
+            Err(balance::NoEndpoint::AllTried | balance::NoEndpoint::NoneNear) => choose(&was_tried),
+            chosen => chosen,
+        };
+        let address = chosen.map(|c| (c, ipv4(c.endpoint)));
         match address {
-            Ok((chosen, Some(&ip))) => Ok(Hop {
+            Ok((chosen, Some(ip))) => Ok(Hop {
                 workload: Some(chosen.endpoint.clone()),
                 address: SocketAddr::new(ip, chosen.port),
                 service: Some(service.clone()),
@@ -431,6 +444,10 @@ impl Captured<'_> {
         };
         Flow::open(&self.mesh.metrics, labels, access, self.opened)
     }
+}
+
+fn ipv4(workload: &Workload) -> Option<IpAddr> {
+    workload.addresses.iter().copied().find(IpAddr::is_ipv4)
 }
 
 async fn ask_for(

@@ -191,6 +191,44 @@ async fn an_endpoint_that_cannot_be_dialled_is_passed_over() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_endpoint_that_failed_is_left_alone_for_a_while_but_not_for_ever() {
+    let lab = Lab::new().await;
+    let client = lab.pod(0, "client").await;
+    let good = lab.pod(1, "good").await;
+    let late = lab.pod(1, "late").await;
+    lab.control.service(service("web", &[VIP], &[(80, 8080)]));
+    lab.control.workload(good.endpoint_of("web", &[]));
+    lab.control.workload(late.endpoint_of("web", &[]));
+    lab.control.settled().await;
+    serve(good.listen(8080), "good");
+    let refused = || {
+        let metrics = lab.metrics(1);
+        let line = metrics
+            .lines()
+            .find(|l| l.starts_with("istio_tcp_connections_closed") && l.contains("=\"CONNECT\""));
+        line.map_or(0, |l| l.rsplit(' ').next().unwrap().parse::<u32>().unwrap())
+    };
+    let ask_web = async || ask(client.connect((VIP, 80)).await).await.unwrap();
+    until("the late endpoint was tried", async || {
+        assert!(ask_web().await.starts_with("good "));
+        refused() > 0
+    })
+    .await;
+    for _ in 0..40 {
+        assert!(ask_web().await.starts_with("good "));
+    }
+    // Half of them, if each had to find out for itself. It may have rested
+    // meanwhile, more than once on a slow machine.
+    assert!(refused() <= 4, "tried {} times", refused());
+
+    // The last one left is tried all the same, and then counts again.
+    serve(late.listen(8080), "late");
+    lab.control.remove_address(&good.uid());
+    lab.control.settled().await;
+    assert!(ask_web().await.starts_with("late "));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn eight_clients_of_a_peer_that_swallows_packets_fail_together() {
     let lab = Lab::new().await;
     let client = lab.pod(0, "client").await;
