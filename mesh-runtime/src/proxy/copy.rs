@@ -33,12 +33,14 @@ use super::intake::Intake;
 use crate::telemetry::Flow;
 
 /// What a busy direction reads at once. It fits the core's cache with its
-/// encrypted twin; as a frame, with its header, it fills whole TLS records.
-const MAX_PIECE: usize = (64 << 10) - FRAME_HEADER;
+/// encrypted twin; as a frame, with its header, it fills whole TLS records. HTTP/2
+/// writes frame by frame, and the kernel cuts what is written into segments of
+/// somewhat less than 64 KiB: a frame of just that size costs two of them.
+const MAX_PIECE: usize = (128 << 10) - FRAME_HEADER;
 /// Of HTTP/2 (RFC 9113, 4.1).
 const FRAME_HEADER: usize = 9;
 /// Pieces of a tunnel's stream are gathered up to this for one write.
-const MAX_GATHERED: usize = 64 << 10;
+const MAX_GATHERED: usize = 128 << 10;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CopyError {

@@ -31,7 +31,7 @@ pub(crate) const TUNNEL_WINDOW: u32 = 16 << 20;
 pub(crate) const MAX_FRAME: u32 = 1 << 20;
 /// What is encrypted at most before it is written: more than a piece that is sent
 /// at once, with its frame's header, or rustls would cut it in two writes.
-const TLS_BUFFER: usize = 128 << 10;
+const TLS_BUFFER: usize = 256 << 10;
 /// What a sender buffers for one stream beyond what the window takes.
 pub(crate) const SEND_BUFFER: usize = 256 << 10;
 /// Streams a peer may have open in one tunnel to us.

@@ -16,7 +16,7 @@ use tokio::{
 
 use crate::proxy::intake::Intake;
 
-/// Some records, as much as a sender's two largest frames.
+/// Eight records: what we send as one frame.
 const MAX_PIECE: usize = 128 << 10;
 
 #[derive(Debug)]
