@@ -97,7 +97,7 @@ pub(crate) fn connect(tenant: &Tenant, tls: &PoolTls) -> Result<Channel, OpenCon
     };
     let verifier = Verifier::new(&tls.roots, Expected::Uri(virtual_node.to_string()))
         .map_err(OpenControlError::Roots)?;
-    let mut config = ClientConfig::builder_with_provider(crate::identity::tls::provider())
+    let mut config = ClientConfig::builder_with_provider(crate::identity::crypto::provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .map_err(OpenControlError::Credentials)?
         .dangerous()

@@ -14,6 +14,7 @@
 //! does when is decided in [`schedule`].
 
 mod broker;
+pub mod crypto;
 pub mod schedule;
 pub mod tls;
 pub mod verify;

@@ -24,8 +24,6 @@ use prometheus_client::{
 };
 use prost::Message;
 
-use crate::xds::StreamError;
-
 /// The mesh's metrics, registered once for the process.
 #[derive(Debug)]
 pub struct Metrics {
@@ -136,13 +134,7 @@ impl Metrics {
             .inc_by(response.encoded_len() as u64);
     }
 
-    pub fn xds_terminated(&self, error: Option<&StreamError>) {
-        let reason = match error {
-            None => "closed",
-            Some(StreamError::Open(_)) => "connect",
-            Some(StreamError::Broken(_)) => "error",
-            Some(StreamError::Type(_)) => "protocol",
-        };
+    pub fn xds_terminated(&self, reason: &'static str) {
         self.xds_terminations
             .get_or_create(&TerminationLabels { reason })
             .inc();

@@ -105,7 +105,7 @@ pub async fn follow(
             &mut reported,
         )
         .await;
-        metrics.xds_terminated(ended.as_ref().err());
+        metrics.xds_terminated(ended.as_ref().err().map_or("closed", StreamError::reason));
         if begun.elapsed() >= LASTING {
             delays = retries.build();
         }
@@ -138,6 +138,17 @@ pub enum StreamError {
     Broken(#[source] Box<tonic::Status>),
     #[error(transparent)]
     Type(#[from] UnknownType),
+}
+
+impl StreamError {
+    /// As the metrics name it.
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Open(_) => "connect",
+            Self::Broken(_) => "error",
+            Self::Type(_) => "protocol",
+        }
+    }
 }
 
 async fn stream(

@@ -24,7 +24,7 @@ use mesh_api::{
         IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient,
     },
 };
-use mesh_runtime::identity::tls::provider;
+use mesh_runtime::identity::crypto::provider;
 use rcgen::{CertificateParams, DistinguishedName, KeyPair, SanType};
 use rustls::{
     ClientConfig, DigitallySignedStruct, SignatureScheme,

@@ -1,33 +1,19 @@
 //! One certificate with its key, as rustls configurations for either end of
 //! HBONE. Built once when the certificate arrives, shared by every connection.
 
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 use mesh_api::Identity;
 use rustls::{
-    CipherSuite, ClientConfig, ServerConfig,
-    crypto::CryptoProvider,
+    ClientConfig, ServerConfig,
     pki_types::{CertificateDer, PrivateKeyDer},
     server::NoServerSessionStorage,
 };
 
-use super::verify::{Expected, InvalidRoots, Verifier};
-
-/// AES with 128-bit keys comes first: it is as safe as any, and takes ten rounds
-/// for a block where 256-bit keys take fourteen.
-static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
-    let mut provider = rustls::crypto::aws_lc_rs::default_provider();
-    provider
-        .cipher_suites
-        .sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
-    Arc::new(provider)
-});
-
-/// The cryptography of every TLS connection of this crate, whatever the
-/// process' default is.
-pub fn provider() -> Arc<CryptoProvider> {
-    PROVIDER.clone()
-}
+use super::{
+    crypto,
+    verify::{Expected, InvalidRoots, Verifier},
+};
 
 /// Both ends' configurations for one identity and one certificate.
 ///
@@ -56,7 +42,7 @@ impl Tls {
     ) -> Result<Self, BuildTlsError> {
         let expected = Expected::TrustDomain(identity.trust_domain().to_owned());
         let verifier = Arc::new(Verifier::new(roots, expected).map_err(BuildTlsError::Roots)?);
-        let mut client = ClientConfig::builder_with_provider(provider())
+        let mut client = ClientConfig::builder_with_provider(crypto::provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(BuildTlsError::Certificate)?
             .dangerous()
@@ -67,7 +53,7 @@ impl Tls {
         client.enable_sni = false;
         client.resumption = rustls::client::Resumption::disabled();
 
-        let mut server = ServerConfig::builder_with_provider(provider())
+        let mut server = ServerConfig::builder_with_provider(crypto::provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(BuildTlsError::Certificate)?
             .with_client_cert_verifier(verifier)

@@ -82,7 +82,7 @@ impl Verifier {
         Ok(Self {
             roots,
             expected,
-            provider: super::tls::provider(),
+            provider: super::crypto::provider(),
         })
     }
 

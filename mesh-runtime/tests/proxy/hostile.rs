@@ -55,7 +55,7 @@ impl ServerCertVerifier for Gullible {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        mesh_runtime::identity::tls::provider()
+        mesh_runtime::identity::crypto::provider()
             .signature_verification_algorithms
             .supported_schemes()
     }
@@ -65,7 +65,7 @@ fn config(
     credentials: Option<(String, String)>,
     versions: &[&'static rustls::SupportedProtocolVersion],
 ) -> Arc<ClientConfig> {
-    let builder = ClientConfig::builder_with_provider(mesh_runtime::identity::tls::provider())
+    let builder = ClientConfig::builder_with_provider(mesh_runtime::identity::crypto::provider())
         .with_protocol_versions(versions)
         .unwrap()
         .dangerous()
