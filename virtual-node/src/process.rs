@@ -66,7 +66,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         kubelet_port: config.kubelet.listen.port(),
         settings: config.node.clone(),
     };
-    let registration = Registration::new(client.clone(), identity.clone(), hosts.clone(), recorder.clone());
+    let (registration, node) =
+        Registration::new(client.clone(), identity.clone(), hosts.clone(), recorder.clone());
     let registration = tokio::spawn(registration.run(shutdown.clone()));
 
     let tools = Arc::new(Tools {
@@ -75,12 +76,12 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         placer,
         recorder,
         facts: facts(&config, identity, hosts),
+        node,
         metrics: pod_metrics,
     });
     let (directory, queries) = Directory::new();
-    let names = config.pool.hosts.iter().map(|h| h.name.clone()).collect();
     let pods = pod::watch_pods(client.clone(), &config.node_name);
-    let supervisor = Supervisor::new(tools, names).run(pods, reports, queries, shutdown.clone());
+    let supervisor = Supervisor::new(tools).run(pods, reports, queries, shutdown.clone());
     let supervisor = tokio::spawn(supervisor);
 
     let kubelet = Kubelet {
