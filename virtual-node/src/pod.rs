@@ -452,3 +452,6 @@ fn uid(pod: &Pod) -> Option<PodUid> {
 fn key(pod: &Pod) -> (String, String) {
     (pod.namespace().unwrap_or_default(), pod.name_any())
 }
+
+#[cfg(test)]
+mod tests;

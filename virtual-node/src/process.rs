@@ -16,14 +16,14 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::{
-    config::Config,
+    config::{self, Config},
     event::Recorder,
     kubelet::Kubelet,
     mesh, metrics,
     node::{self, Registration},
     placement::Placer,
     pod::{self, Directory, Supervisor, driver::Tools, translate::NodeFacts},
-    pool::{Membership, Pool},
+    pool::{self, Membership, Pool},
     pool_tls::{self, PoolTls},
 };
 
@@ -54,7 +54,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let control = mesh::Control::open(mesh_config(&config), &mut registry)
         .await
         .context("cannot start the mesh control plane")?;
-    let (pool, reports, hosts) = Pool::start(&config.pool.hosts, &pool_tls, &membership);
+    let connect = |host: &config::PoolHost| pool::channel(host, pool_tls.clone());
+    let (pool, reports, hosts) = Pool::start(&config.pool.hosts, connect, &membership);
     let (placer, placements) = Placer::start(hosts.clone());
     let control = tokio::spawn(control.serve(client.clone(), pool_tls, placements, shutdown.clone()));
     let recorder = Recorder::start(client.clone(), config.node_name.clone());

@@ -45,6 +45,8 @@ pub(super) struct Start {
     pub(super) first: bool,
     resolved: Option<(Resolved, Instant)>,
     spec: Option<SandboxSpec>,
+    /// A host refused it, and none has taken it since.
+    refused: bool,
     retries: Retries,
 }
 
@@ -54,6 +56,7 @@ impl Start {
             first: false,
             resolved: None,
             spec: None,
+            refused: false,
             retries: Retries::of_reads(),
         }
     }
@@ -75,8 +78,14 @@ enum RecordError {
 
 impl Driver {
     pub(super) fn prepare(&mut self) {
-        self.start.retries.reset();
-        self.prepare_after(Duration::ZERO);
+        let delay = if self.start.refused {
+            // Every attempt costs a write, and there may be no end of refusals.
+            self.start.retries.pause()
+        } else {
+            self.start.retries.reset();
+            Duration::ZERO
+        };
+        self.prepare_after(delay);
     }
 
     fn prepare_after(&mut self, delay: Duration) {
@@ -181,7 +190,6 @@ impl Driver {
     }
 
     fn ready_to_start(&mut self, translated: Translated, place: &Place) {
-        self.start.retries.reset();
         self.holdup = None;
         for message in translated.skipped_variables {
             self.happened(Severity::Warning, "InvalidEnvironmentVariableNames", &message);
@@ -282,7 +290,7 @@ impl Driver {
     pub(super) fn started(&mut self, outcome: Result<Result<(), Refusal>, CallError>) {
         match outcome {
             Ok(Ok(())) => {
-                self.start.retries.reset();
+                self.start.refused = false;
                 self.start.resolved = None;
                 if let Some(spec) = self.start.spec.take() {
                     self.upkeep.host_has(&spec.volumes);
@@ -291,6 +299,7 @@ impl Driver {
             }
             Ok(Err(refusal)) => {
                 info!(reason = ?refusal.reason, detail = refusal.message, "the host refused the pod");
+                self.start.refused = true;
                 if refusal.reason.another_host_may_accept()
                     && let Some(place) = self.lifecycle.place()
                 {
