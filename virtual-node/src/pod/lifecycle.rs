@@ -353,6 +353,9 @@ impl Lifecycle {
             {
                 self.recorded(place)
             }
+            (Stage::Recorded { place: older }, Some(place)) if place.attempt > older.attempt => {
+                self.recorded(place)
+            }
             _ => self.stay(),
         }
     }
@@ -451,6 +454,7 @@ impl Lifecycle {
         }
     }
 
+    /// Nothing of it is there. An ask may still be on its way, so it is fenced.
     fn missing(self, gone: &Place) -> (Self, Vec<Effect>) {
         match self.stage.clone() {
             Stage::Recorded { place }
@@ -459,12 +463,7 @@ impl Lifecycle {
             | Stage::Stopped { place }
                 if place == *gone =>
             {
-                match self.intent {
-                    // Nothing runs there and nothing is left; the fence costs one call.
-                    Intent::Run | Intent::Reap => self.forget(place),
-                    Intent::Finish => self.after(&place),
-                    Intent::Delete { .. } => self.stopped(place),
-                }
+                self.forget(place)
             }
             _ => self.stay(),
         }

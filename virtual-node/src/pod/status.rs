@@ -344,7 +344,10 @@ fn conditions(
         ready,
     ];
     let generation = observed.pod.metadata.generation;
-    for condition in ours.into_iter().chain(observed.record.map(placed)) {
+    // A newer attempt on record is another process's, and is never written over.
+    let newest = Record::of(observed.pod).map(|r| r.place.attempt);
+    let record = observed.record.filter(|r| Some(r.place.attempt) >= newest);
+    for condition in ours.into_iter().chain(record.map(placed)) {
         set(&mut conditions, condition, generation, observed.now);
     }
     conditions

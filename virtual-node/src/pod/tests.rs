@@ -543,7 +543,7 @@ async fn a_pod_that_its_host_no_longer_knows_is_fenced_and_placed_anew_or_failed
     world.until("it failed", |w| w.phase() == "Failed").await;
     assert_eq!(world.pod()["status"]["reason"], "SandboxLost");
     world.let_pass(LONG).await;
-    assert_eq!(world.asked(), ["host-a start u-1/1"]);
+    assert_eq!(world.asked(), ["host-a start u-1/1", "host-a forget u-1/1"]);
 }
 
 #[tokio::test(start_paused = true)]

@@ -83,8 +83,8 @@ impl Driver {
         self.step(Event::Intended(intent));
     }
 
-    /// What is on record counts until this process has placed the pod itself.
-    /// After that, what others make of the record is only written over.
+    /// What is on record counts until this process has placed the pod itself, or
+    /// has heard of it from the host on record.
     fn read_record(&mut self) {
         let Some(object) = &self.object else { return };
         let stage = self.lifecycle.stage();
@@ -93,8 +93,10 @@ impl Driver {
             self.start.first = found.is_none();
             self.record.clone_from(&found);
             self.step(Event::OnRecord(found.map(|r| r.place)));
-        } else if matches!(stage, Stage::Claiming { .. } | Stage::Preparing { .. })
-            && let Some(found) = Record::of(object)
+        } else if matches!(
+            stage,
+            Stage::Recorded { .. } | Stage::Claiming { .. } | Stage::Preparing { .. }
+        ) && let Some(found) = Record::of(object)
         {
             self.record = Some(found.clone());
             self.step(Event::OnRecord(Some(found.place)));
