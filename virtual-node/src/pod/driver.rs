@@ -27,6 +27,7 @@ mod upkeep;
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
+    time::Duration,
 };
 
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
@@ -247,6 +248,7 @@ impl Driver {
             debug!(from = ?before.stage(), to = ?self.lifecycle.stage(), "the pod moved on");
             // Its answer would be about a stage that has passed.
             self.work = None;
+            self.start.follow(self.lifecycle.stage());
         }
         for effect in effects {
             self.perform(effect);
@@ -337,9 +339,16 @@ async fn optional<T>(slot: &mut Option<BoxFuture<'static, T>>) -> T {
     }
 }
 
+/// Until then, or for ever. What is due is due now: even a timer that has passed
+/// rings only with the next millisecond.
 async fn sleep_until(at: Option<Instant>) {
     match at {
+        Some(at) if at <= Instant::now() => {}
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
     }
+}
+
+async fn sleep(delay: Duration) {
+    sleep_until(Some(Instant::now() + delay)).await;
 }

@@ -31,6 +31,7 @@ use super::{
     object::{is_gone, newer},
     retries::Retries,
     room::{Told, unsupported},
+    sleep,
     telling::Writing,
 };
 use crate::{api_server::answered, event::Object, pool::CallError};
@@ -58,6 +59,19 @@ impl Start {
             spec: None,
             refused: false,
             retries: Retries::of_reads(),
+        }
+    }
+
+    /// Nothing of the tenant's is kept longer than a start needs it.
+    pub(super) fn follow(&mut self, stage: &Stage) {
+        let starting = matches!(
+            stage,
+            Stage::Claiming { .. } | Stage::Preparing { .. } | Stage::Starting { .. }
+        );
+        if !starting {
+            self.spec = None;
+            self.resolved = None;
+            self.refused = false;
         }
     }
 }
@@ -111,7 +125,7 @@ impl Driver {
             .is_some_and(|(_, at)| at.elapsed() < FRESH);
         let resolving = (!fresh).then(|| read(self.tools.clone(), pod, self.upkeep.tokens().clone()));
         let preparing = async move {
-            tokio::time::sleep(delay).await;
+            sleep(delay).await;
             let (recorded, resolved) =
                 join(OptionFuture::from(recording), OptionFuture::from(resolving)).await;
             Done::Prepared(Box::new(Preparation { recorded, resolved }))
@@ -274,7 +288,7 @@ impl Driver {
         };
         let pool = self.tools.pool.clone();
         let starting = async move {
-            tokio::time::sleep(delay).await;
+            sleep(delay).await;
             Done::Started(match pool.host(&place.host) {
                 Some(host) => host.start(spec).await,
                 None => Ok(Err(Refusal {
@@ -290,9 +304,7 @@ impl Driver {
     pub(super) fn started(&mut self, outcome: Result<Result<(), Refusal>, CallError>) {
         match outcome {
             Ok(Ok(())) => {
-                self.start.refused = false;
-                self.start.resolved = None;
-                if let Some(spec) = self.start.spec.take() {
+                if let Some(spec) = &self.start.spec {
                     self.upkeep.host_has(&spec.volumes);
                 }
                 self.step(Event::Accepted);
