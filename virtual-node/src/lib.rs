@@ -2,6 +2,7 @@
 //! library beside its thin binary, so that tests can stand in for `main`.
 //! [`process`] wires the parts together; each part says for itself what it is.
 
+mod api_server;
 pub mod config;
 mod event;
 mod kubelet;

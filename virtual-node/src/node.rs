@@ -11,7 +11,7 @@
 mod lease;
 mod manifest;
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use futures::StreamExt;
 use jiff::Timestamp;
@@ -59,27 +59,33 @@ pub(crate) struct Registration {
     recorder: Recorder,
     /// As last seen or written.
     node: Option<Node>,
+    /// The same, for those who admit pods.
+    told: watch::Sender<Option<Arc<Node>>>,
     written_at: Option<Instant>,
     ready: Option<bool>,
 }
 
 impl Registration {
+    /// The receiver tells what the Node is; None until it was first seen.
     pub(crate) fn new(
         client: Client,
         identity: Identity,
         hosts: watch::Receiver<HostTable>,
         recorder: Recorder,
-    ) -> Self {
-        Self {
+    ) -> (Self, watch::Receiver<Option<Arc<Node>>>) {
+        let (told, node) = watch::channel(None);
+        let registration = Self {
             api: Api::all(client.clone()),
             client,
             identity,
             hosts,
             recorder,
             node: None,
+            told,
             written_at: None,
             ready: None,
-        }
+        };
+        (registration, node)
     }
 
     /// Runs until `shutdown`. The Node stays, so that its pods do.
@@ -129,6 +135,7 @@ impl Registration {
             if let Err(error) = self.converge().await {
                 warn!(error = &error as &dyn std::error::Error, "cannot write the node");
             }
+            self.told.send_replace(self.node.clone().map(Arc::new));
             let now = self.node.as_ref().and_then(|n| n.metadata.uid.clone());
             uid.send_if_modified(|uid| std::mem::replace(uid, now.clone()) != now);
         }

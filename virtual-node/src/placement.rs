@@ -4,7 +4,7 @@
 //! The table belongs to one task ([`Placer::start`]); pod drivers ask it for
 //! room and tell it what they hold, the mesh control plane reads the published
 //! [`Placements`]. The rules are in [`table`], pure. Nothing is stored: after a
-//! restart drivers tell again what the hosts report.
+//! restart drivers tell again what is on their pods' records.
 
 mod table;
 
@@ -18,7 +18,7 @@ use pool_agent_api::{Attempt, HostName, Namespace, PodName, PodUid, ServiceAccou
 use table::{Answer, Table};
 pub(crate) use table::{Ask, Shortage};
 use tokio::sync::{mpsc, oneshot, watch};
-use tracing::debug;
+use tracing::{debug, info};
 
 use crate::pool::HostTable;
 
@@ -36,15 +36,15 @@ pub struct Placement {
 
 /// A snapshot of all placements, published through a `tokio::sync::watch`.
 ///
-/// A placement is published before `StartSandbox` is called for it: the agent
-/// asks for the pod's certificate as soon as it has accepted the sandbox, and the
-/// certificate broker looks here.
+/// A placement is on the pod's record and published here before `StartSandbox` is
+/// called for it: the agent asks for the pod's certificate as soon as it has
+/// accepted the sandbox, and the certificate broker looks here.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Placements {
     pub pods: BTreeMap<PodUid, Placement>,
-    /// Hosts whose agents have told what they run since this process started.
-    /// Of any other host, absent is not gone.
-    pub known_hosts: BTreeSet<HostName>,
+    /// Whether the records of all pods that were there when this process started
+    /// have been read. Before that, absent is not gone.
+    pub complete: bool,
 }
 
 /// Requests on their way to the placer: a few for each pod that starts at once.
@@ -60,16 +60,20 @@ pub(crate) struct Placer {
 }
 
 enum Request {
+    /// These pods were there when the process started.
+    Expect {
+        pods: BTreeSet<PodUid>,
+    },
     Claim {
         pod: PodUid,
         ask: Ask,
-        placement: Unplaced,
         answer: oneshot::Sender<Result<HostName, Shortage>>,
     },
     Hold {
         pod: PodUid,
         ask: Ask,
         placement: Placement,
+        published: oneshot::Sender<()>,
     },
     Release {
         pod: PodUid,
@@ -78,29 +82,6 @@ enum Request {
         pod: PodUid,
         host: HostName,
     },
-}
-
-/// A placement that only lacks its host.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Unplaced {
-    pub(crate) attempt: Attempt,
-    pub(crate) namespace: Namespace,
-    pub(crate) name: PodName,
-    pub(crate) service_account: ServiceAccountName,
-    pub(crate) enrolled: bool,
-}
-
-impl Unplaced {
-    pub(crate) fn on(self, host: HostName) -> Placement {
-        Placement {
-            host,
-            attempt: self.attempt,
-            namespace: self.namespace,
-            name: self.name,
-            service_account: self.service_account,
-            enrolled: self.enrolled,
-        }
-    }
 }
 
 /// The placer has ended: the process is stopping.
@@ -116,6 +97,8 @@ impl Placer {
         let task = Task {
             table: Table::default(),
             waiting: BTreeMap::new(),
+            told: BTreeSet::new(),
+            expected: None,
             placements: Arc::default(),
             published,
         };
@@ -123,33 +106,34 @@ impl Placer {
         (Self { requests }, placements)
     }
 
-    /// Room on a host, as soon as there is some. The placement is published
-    /// before this returns. A claim that is dropped unanswered has to be released.
-    pub(crate) async fn claim(
-        &self,
-        pod: PodUid,
-        ask: Ask,
-        placement: Unplaced,
-    ) -> Result<Result<HostName, Shortage>, Stopped> {
+    /// The pods that were there when the process started. Once the driver of each
+    /// has told what it takes, the placements are complete.
+    pub(crate) async fn expect(&self, pods: BTreeSet<PodUid>) {
+        // Fails only when the process stops, as all of these.
+        let _gone = self.requests.send(Request::Expect { pods }).await.is_err();
+    }
+
+    /// Room on a host, as soon as there is some. A claim that is dropped
+    /// unanswered has to be released.
+    pub(crate) async fn claim(&self, pod: PodUid, ask: Ask) -> Result<Result<HostName, Shortage>, Stopped> {
         let (answer, answered) = oneshot::channel();
-        let request = Request::Claim {
-            pod,
-            ask,
-            placement,
-            answer,
-        };
+        let request = Request::Claim { pod, ask, answer };
         self.requests.send(request).await.map_err(|_| Stopped)?;
         answered.await.map_err(|_| Stopped)
     }
 
-    /// The pod runs there, whoever decided it.
+    /// The pod runs there, or may. Returns once that is published.
     pub(crate) async fn hold(&self, pod: PodUid, ask: Ask, placement: Placement) {
-        // Fails only when the process stops.
-        let _gone = self
-            .requests
-            .send(Request::Hold { pod, ask, placement })
-            .await
-            .is_err();
+        let (published, done) = oneshot::channel();
+        let request = Request::Hold {
+            pod,
+            ask,
+            placement,
+            published,
+        };
+        if self.requests.send(request).await.is_ok() {
+            let _gone = done.await.is_err();
+        }
     }
 
     /// The host did not take the pod that had room there: it is passed over for
@@ -164,23 +148,20 @@ impl Placer {
     }
 }
 
-struct Waiting {
-    placement: Unplaced,
-    answer: oneshot::Sender<Result<HostName, Shortage>>,
-}
-
 struct Task {
     table: Table,
-    waiting: BTreeMap<PodUid, Waiting>,
+    waiting: BTreeMap<PodUid, oneshot::Sender<Result<HostName, Shortage>>>,
+    /// Pods whose drivers have told something. Empty once all is complete.
+    told: BTreeSet<PodUid>,
+    /// None until it is known which pods were there at the start.
+    expected: Option<BTreeSet<PodUid>>,
     placements: Arc<Placements>,
     published: watch::Sender<Arc<Placements>>,
 }
 
 impl Task {
     async fn run(mut self, mut requests: mpsc::Receiver<Request>, mut hosts: watch::Receiver<HostTable>) {
-        let now_hosts = hosts.borrow_and_update().clone();
-        self.heard(&now_hosts);
-        self.table.set_hosts(&now_hosts);
+        self.table.set_hosts(&hosts.borrow_and_update());
         let mut retry = tokio::time::interval(RETRY);
         retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -197,9 +178,7 @@ impl Task {
                     if changed.is_err() {
                         return;
                     }
-                    let now_hosts = hosts.borrow_and_update().clone();
-                    self.heard(&now_hosts);
-                    let answers = self.table.set_hosts(&now_hosts);
+                    let answers = self.table.set_hosts(&hosts.borrow_and_update());
                     self.answer(answers);
                 }
             }
@@ -208,22 +187,30 @@ impl Task {
 
     fn take(&mut self, request: Request) {
         match request {
-            Request::Claim {
+            Request::Expect { pods } => {
+                self.expected = Some(pods);
+                self.complete();
+            }
+            Request::Claim { pod, ask, answer } => {
+                self.publish(&pod, None);
+                self.waiting.insert(pod.clone(), answer);
+                let answers = self.table.claim(pod.clone(), ask);
+                self.answer(answers);
+                self.tells(pod);
+            }
+            Request::Hold {
                 pod,
                 ask,
                 placement,
-                answer,
+                published,
             } => {
-                self.publish(&pod, None);
-                self.waiting.insert(pod.clone(), Waiting { placement, answer });
-                let answers = self.table.claim(pod, ask);
-                self.answer(answers);
-            }
-            Request::Hold { pod, ask, placement } => {
                 self.waiting.remove(&pod);
                 let answers = self.table.hold(pod.clone(), ask, placement.host.clone());
                 self.publish(&pod, Some(placement));
+                // The driver may have ended meanwhile.
+                let _gone = published.send(()).is_err();
                 self.answer(answers);
+                self.tells(pod);
             }
             Request::Refused { pod, host } => {
                 self.publish(&pod, None);
@@ -235,6 +222,7 @@ impl Task {
                 self.publish(&pod, None);
                 let answers = self.table.release(&pod);
                 self.answer(answers);
+                self.tells(pod);
             }
         }
     }
@@ -247,14 +235,31 @@ impl Task {
             let answered = match answer {
                 Answer::Room(host) => {
                     debug!(pod.uid = %pod, host = %host, "room claimed");
-                    self.publish(&pod, Some(waiting.placement.on(host.clone())));
-                    waiting.answer.send(Ok(host))
+                    waiting.send(Ok(host))
                 }
-                Answer::Never(shortage) => waiting.answer.send(Err(shortage)),
+                Answer::Never(shortage) => waiting.send(Err(shortage)),
             };
             // The driver changed its mind; it releases what it may hold.
             drop(answered);
         }
+    }
+
+    fn tells(&mut self, pod: PodUid) {
+        if !self.placements.complete {
+            self.told.insert(pod);
+            self.complete();
+        }
+    }
+
+    fn complete(&mut self) {
+        let Some(expected) = &self.expected else { return };
+        if self.placements.complete || !expected.is_subset(&self.told) {
+            return;
+        }
+        info!(pods = expected.len(), "the placements of all pods are known");
+        self.told.clear();
+        Arc::make_mut(&mut self.placements).complete = true;
+        self.published.send_replace(self.placements.clone());
     }
 
     fn publish(&mut self, pod: &PodUid, placement: Option<Placement>) {
@@ -268,21 +273,7 @@ impl Task {
         };
         self.published.send_replace(self.placements.clone());
     }
-
-    /// Hosts that have told what they run, once at least.
-    fn heard(&mut self, hosts: &HostTable) {
-        let known = hosts
-            .iter()
-            .filter(|(_, view)| view.reachable)
-            .map(|(name, _)| name);
-        let new: Vec<HostName> = known
-            .filter(|h| !self.placements.known_hosts.contains(*h))
-            .cloned()
-            .collect();
-        if new.is_empty() {
-            return;
-        }
-        Arc::make_mut(&mut self.placements).known_hosts.extend(new);
-        self.published.send_replace(self.placements.clone());
-    }
 }
+
+#[cfg(test)]
+mod tests;

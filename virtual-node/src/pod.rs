@@ -16,16 +16,18 @@
 //! What a driver gets is the latest state, through a `watch`: a slow driver
 //! sees fewer steps, never a stale one, and holds nobody up.
 
+pub(crate) mod admission;
 pub(crate) mod driver;
 pub(crate) mod lifecycle;
 pub(crate) mod metrics;
+pub(crate) mod record;
 pub(crate) mod references;
 pub(crate) mod resolve;
 pub(crate) mod status;
 pub(crate) mod translate;
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
     time::Duration,
 };
@@ -36,6 +38,7 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, Client, ResourceExt, runtime::watcher};
 use lifecycle::Place;
 use pool_agent_api::{HostName, PodUid, SandboxStatus, status::PodEvent};
+use record::Record;
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinSet,
@@ -66,25 +69,33 @@ pub(crate) struct Heard {
     pub(crate) syncs: BTreeMap<HostName, u64>,
     /// Hosts that are silent, and since when.
     pub(crate) silent: BTreeMap<HostName, Instant>,
-    /// Every host has reported all it has, at least once.
-    pub(crate) all: bool,
+}
+
+impl Heard {
+    fn syncs(&self, host: &HostName) -> u64 {
+        self.syncs.get(host).copied().unwrap_or(0)
+    }
+
+    fn is_silent(&self, host: &HostName) -> bool {
+        self.silent.contains_key(host)
+    }
+
+    fn is_silent_for(&self, host: &HostName, time: Duration) -> bool {
+        self.silent.get(host).is_some_and(|since| since.elapsed() > time)
+    }
+
+    /// Whether the pool has such a host.
+    fn knows(&self, host: &HostName) -> bool {
+        self.syncs.contains_key(host) || self.silent.contains_key(host)
+    }
 }
 
 /// A pod as the kubelet API needs it.
 #[derive(Debug, Clone)]
 pub(crate) struct Found {
     pub(crate) pod: Arc<Pod>,
-    /// Its newest attempt.
+    /// What runs of it, where it is on record.
     pub(crate) sandbox: Option<(Place, Arc<SandboxStatus>)>,
-}
-
-/// Whether a predecessor of this process can have started a pod.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Origin {
-    /// It was there when this process began.
-    Inherited,
-    /// It was bound to this node since.
-    New,
 }
 
 /// Questions of the kubelet API.
@@ -161,29 +172,26 @@ fn backoff() -> impl kube::runtime::utils::Backoff {
 /// Feeds the drivers until `shutdown`. Pods go on running then: they are the hosts'.
 pub(crate) struct Supervisor {
     tools: Arc<Tools>,
-    hosts: Vec<HostName>,
     objects: HashMap<PodUid, Arc<Pod>>,
     names: HashMap<(String, String), PodUid>,
     drivers: HashMap<PodUid, watch::Sender<Inputs>>,
     tasks: JoinSet<PodUid>,
     heard: watch::Sender<Heard>,
     /// UIDs of a listing in progress.
-    listing: Option<HashSet<PodUid>>,
-    /// The first listing is complete: whatever is new now, nobody has started before.
+    listing: Option<BTreeSet<PodUid>>,
+    /// The first listing is complete.
     listed: bool,
 }
 
 impl Supervisor {
-    pub(crate) fn new(tools: Arc<Tools>, hosts: Vec<HostName>) -> Self {
+    pub(crate) fn new(tools: Arc<Tools>) -> Self {
         let now = Instant::now();
         let heard = Heard {
             syncs: BTreeMap::new(),
-            silent: hosts.iter().map(|h| (h.clone(), now)).collect(),
-            all: hosts.is_empty(),
+            silent: tools.pool.hosts().map(|h| (h.name().clone(), now)).collect(),
         };
         Self {
             tools,
-            hosts,
             objects: HashMap::new(),
             names: HashMap::new(),
             drivers: HashMap::new(),
@@ -206,7 +214,7 @@ impl Supervisor {
             tokio::select! {
                 () = shutdown.cancelled() => break,
                 event = pods.next() => match event {
-                    Some(Ok(event)) => self.watched(event),
+                    Some(Ok(event)) => self.watched(event).await,
                     Some(Err(error)) => {
                         warn!(error = &error as &dyn std::error::Error, "the watch of pods failed");
                     }
@@ -226,9 +234,9 @@ impl Supervisor {
         self.tasks.shutdown().await;
     }
 
-    fn watched(&mut self, event: watcher::Event<Pod>) {
+    async fn watched(&mut self, event: watcher::Event<Pod>) {
         match event {
-            watcher::Event::Init => self.listing = Some(HashSet::new()),
+            watcher::Event::Init => self.listing = Some(BTreeSet::new()),
             watcher::Event::InitApply(pod) => {
                 if let Some(uid) = uid(&pod) {
                     if let Some(listing) = &mut self.listing {
@@ -256,7 +264,9 @@ impl Supervisor {
                         unknown
                     });
                 }
-                self.listed = true;
+                if !std::mem::replace(&mut self.listed, true) {
+                    self.tools.placer.expect(listing).await;
+                }
             }
             watcher::Event::Apply(pod) => {
                 if let Some(uid) = uid(&pod) {
@@ -275,12 +285,7 @@ impl Supervisor {
         let pod = Arc::new(pod);
         self.objects.insert(uid.clone(), pod.clone());
         self.names.insert(key(&pod), uid.clone());
-        let origin = if self.listed {
-            Origin::New
-        } else {
-            Origin::Inherited
-        };
-        self.change(&uid, origin, |inputs| {
+        self.change(&uid, |inputs| {
             inputs.object = Some(pod);
             inputs.absent = false;
         });
@@ -293,7 +298,7 @@ impl Supervisor {
             self.names.remove(&key(&pod));
         }
         if self.drivers.contains_key(uid) {
-            self.change(uid, Origin::Inherited, |inputs| inputs.absent = true);
+            self.change(uid, |inputs| inputs.absent = true);
         }
     }
 
@@ -307,7 +312,7 @@ impl Supervisor {
                     attempt: status.key.attempt,
                 };
                 let status = Arc::new(*status);
-                self.change(&uid, Origin::Inherited, |inputs| {
+                self.change(&uid, |inputs| {
                     inputs.reports.insert(place, status);
                 });
             }
@@ -317,18 +322,16 @@ impl Supervisor {
                         host,
                         attempt: key.attempt,
                     };
-                    self.change(&key.pod, Origin::Inherited, |inputs| {
+                    self.change(&key.pod, |inputs| {
                         inputs.reports.remove(&place);
                     });
                 }
             }
-            News::PodEvent(event) => self.happened(*event),
+            News::PodEvent(event) => self.happened(&host, *event),
             News::Synced => {
-                let hosts = &self.hosts;
                 self.heard.send_modify(|heard| {
                     heard.silent.remove(&host);
                     *heard.syncs.entry(host).or_default() += 1;
-                    heard.all = hosts.iter().all(|h| heard.syncs.contains_key(h));
                 });
             }
             News::Lost => {
@@ -343,11 +346,17 @@ impl Supervisor {
         }
     }
 
-    fn happened(&self, event: PodEvent) {
+    fn happened(&self, host: &HostName, event: PodEvent) {
         // Of a pod that is gone: nobody would see it.
         let Some(pod) = self.objects.get(&event.key.pod) else {
             return;
         };
+        if let Some(Record { place, .. }) = Record::of(pod)
+            && (place.host != *host || place.attempt != event.key.attempt)
+        {
+            debug!(%host, key = %event.key, "an event of a host that the pod is not on was dropped");
+            return;
+        }
         let object = match &event.container {
             Some(container) => Object::container(pod, container.name.as_str(), container.init),
             None => Object::pod(pod),
@@ -362,7 +371,7 @@ impl Supervisor {
     }
 
     /// Hands the change to the pod's driver, which is started if there is none.
-    fn change(&mut self, uid: &PodUid, origin: Origin, change: impl FnOnce(&mut Inputs)) {
+    fn change(&mut self, uid: &PodUid, change: impl FnOnce(&mut Inputs)) {
         match self.drivers.get(uid) {
             Some(driver) if !driver.is_closed() => driver.send_modify(change),
             _ => {
@@ -373,13 +382,7 @@ impl Supervisor {
                 inputs.absent = inputs.object.is_none() && self.listed;
                 change(&mut inputs);
                 let (sender, receiver) = watch::channel(inputs);
-                let driver = Driver::new(
-                    self.tools.clone(),
-                    uid.clone(),
-                    origin,
-                    receiver,
-                    self.heard.subscribe(),
-                );
+                let driver = Driver::new(self.tools.clone(), uid.clone(), receiver, self.heard.subscribe());
                 let uid = uid.clone();
                 self.drivers.insert(uid.clone(), sender);
                 self.tasks.spawn(async move {
@@ -416,15 +419,19 @@ impl Supervisor {
     }
 
     fn found(&self, uid: &PodUid) -> Option<Found> {
-        let sandbox = self.drivers.get(uid).and_then(|driver| {
-            let inputs = driver.borrow();
-            let newest = inputs.reports.iter().max_by_key(|(place, _)| place.attempt);
-            newest.map(|(place, status)| (place.clone(), status.clone()))
+        let pod = self.objects.get(uid)?.clone();
+        // Another host may report it too, rightly or not.
+        let sandbox = Record::of(&pod).and_then(|record| {
+            let status = self
+                .drivers
+                .get(uid)?
+                .borrow()
+                .reports
+                .get(&record.place)?
+                .clone();
+            Some((record.place, status))
         });
-        Some(Found {
-            pod: self.objects.get(uid)?.clone(),
-            sandbox,
-        })
+        Some(Found { pod, sandbox })
     }
 }
 
@@ -445,3 +452,6 @@ fn uid(pod: &Pod) -> Option<PodUid> {
 fn key(pod: &Pod) -> (String, String) {
     (pod.namespace().unwrap_or_default(), pod.name_any())
 }
+
+#[cfg(test)]
+mod tests;

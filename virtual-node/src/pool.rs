@@ -13,6 +13,8 @@
 mod channel;
 mod link;
 
+pub(crate) use channel::channel;
+
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use pool_agent_api::{
@@ -22,7 +24,7 @@ use pool_agent_api::{
 use tokio::sync::{mpsc, watch};
 use tonic::{Code, Streaming, transport::Channel};
 
-use crate::{config, pool_tls::PoolTls};
+use crate::config;
 
 /// One call that returns at once. Longer, and the answer is treated as lost.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -128,10 +130,11 @@ pub(crate) struct Membership {
 }
 
 impl Pool {
-    /// Starts a link to each host. They end when the receiver of the events is dropped.
+    /// Starts a link to each host, over the channel that `connect` makes to it. They
+    /// end when the receiver of the events is dropped.
     pub(crate) fn start(
         hosts: &[config::PoolHost],
-        tls: &Arc<PoolTls>,
+        connect: impl Fn(&config::PoolHost) -> Channel,
         membership: &Membership,
     ) -> (Self, mpsc::Receiver<PoolEvent>, watch::Receiver<HostTable>) {
         let (events, receiver) = mpsc::channel(EVENTS);
@@ -143,7 +146,7 @@ impl Pool {
         let table = Arc::new(table);
         let mut clients = BTreeMap::new();
         for host in hosts {
-            let client = HostClient::new(host.name.clone(), channel::channel(host, tls.clone()));
+            let client = HostClient::new(host.name.clone(), connect(host));
             let link = link::Link::new(client.clone(), host, membership, events.clone(), table.clone());
             tokio::spawn(link.run());
             clients.insert(host.name.clone(), client);

@@ -16,14 +16,14 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::{
-    config::Config,
+    config::{self, Config},
     event::Recorder,
     kubelet::Kubelet,
     mesh, metrics,
     node::{self, Registration},
     placement::Placer,
     pod::{self, Directory, Supervisor, driver::Tools, translate::NodeFacts},
-    pool::{Membership, Pool},
+    pool::{self, Membership, Pool},
     pool_tls::{self, PoolTls},
 };
 
@@ -54,7 +54,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let control = mesh::Control::open(mesh_config(&config), &mut registry)
         .await
         .context("cannot start the mesh control plane")?;
-    let (pool, reports, hosts) = Pool::start(&config.pool.hosts, &pool_tls, &membership);
+    let connect = |host: &config::PoolHost| pool::channel(host, pool_tls.clone());
+    let (pool, reports, hosts) = Pool::start(&config.pool.hosts, connect, &membership);
     let (placer, placements) = Placer::start(hosts.clone());
     let control = tokio::spawn(control.serve(client.clone(), pool_tls, placements, shutdown.clone()));
     let recorder = Recorder::start(client.clone(), config.node_name.clone());
@@ -66,7 +67,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         kubelet_port: config.kubelet.listen.port(),
         settings: config.node.clone(),
     };
-    let registration = Registration::new(client.clone(), identity.clone(), hosts.clone(), recorder.clone());
+    let (registration, node) =
+        Registration::new(client.clone(), identity.clone(), hosts.clone(), recorder.clone());
     let registration = tokio::spawn(registration.run(shutdown.clone()));
 
     let tools = Arc::new(Tools {
@@ -75,12 +77,12 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         placer,
         recorder,
         facts: facts(&config, identity, hosts),
+        node,
         metrics: pod_metrics,
     });
     let (directory, queries) = Directory::new();
-    let names = config.pool.hosts.iter().map(|h| h.name.clone()).collect();
     let pods = pod::watch_pods(client.clone(), &config.node_name);
-    let supervisor = Supervisor::new(tools, names).run(pods, reports, queries, shutdown.clone());
+    let supervisor = Supervisor::new(tools).run(pods, reports, queries, shutdown.clone());
     let supervisor = tokio::spawn(supervisor);
 
     let kubelet = Kubelet {

@@ -53,7 +53,7 @@ pub enum Refusal {
     #[error("host {host} asked for {identity}: no enrolled pod of that identity is placed on it")]
     NotPlaced { host: HostName, identity: Identity },
     /// Absent is not gone: ask again.
-    #[error("host {host} asked for {identity}: which pods it runs is not known yet")]
+    #[error("host {host} asked for {identity}: not all placements are known yet")]
     NotKnown { host: HostName, identity: Identity },
 }
 
@@ -91,7 +91,7 @@ pub fn decide(
     });
     if placed {
         Ok(())
-    } else if placements.known_hosts.contains(&host) {
+    } else if placements.complete {
         Err(Refusal::NotPlaced { host, identity })
     } else {
         Err(Refusal::NotKnown { host, identity })

@@ -57,7 +57,7 @@ fn host(name: &str) -> HostName {
     HostName::parse("host", name).unwrap()
 }
 
-/// `web` runs on host-a; host-a and host-b are known.
+/// `web` is placed on host-a, and that is all there is.
 fn placements() -> Placements {
     let web = Placement {
         host: host("host-a"),
@@ -69,7 +69,7 @@ fn placements() -> Placements {
     };
     Placements {
         pods: [(PodUid::parse("uid", "u-1").unwrap(), web)].into(),
-        known_hosts: [host("host-a"), host("host-b")].into(),
+        complete: true,
     }
 }
 
@@ -77,7 +77,7 @@ struct Served {
     pool: TestPool,
     address: SocketAddr,
     snapshots: watch::Sender<Snapshots>,
-    _placements: watch::Sender<Arc<Placements>>,
+    placements: watch::Sender<Arc<Placements>>,
     stop: CancellationToken,
     serving: JoinHandle<Result<(), Error>>,
     registry: Registry,
@@ -111,7 +111,7 @@ impl Served {
             pool,
             address,
             snapshots,
-            _placements: placements,
+            placements,
             stop,
             serving,
             registry,
@@ -275,11 +275,19 @@ async fn a_host_is_refused_the_identity_of_another_hosts_pod_by_name() {
 }
 
 #[tokio::test]
-async fn a_host_that_is_not_known_yet_is_asked_to_come_again() {
+async fn a_host_is_asked_to_come_again_until_all_placements_are_known() {
     let served = Served::start().await;
-    let channel = served.host("host-z").await;
+    let channel = served.host("host-b").await;
+    served
+        .placements
+        .send_modify(|placements| Arc::make_mut(placements).complete = false);
+    let put_off = ask(&channel, csr(WEB), None).await.unwrap_err();
+    assert_eq!(put_off.code(), Code::Unavailable);
+    served
+        .placements
+        .send_modify(|placements| Arc::make_mut(placements).complete = true);
     let refusal = ask(&channel, csr(WEB), None).await.unwrap_err();
-    assert_eq!(refusal.code(), Code::Unavailable);
+    assert_eq!(refusal.code(), Code::PermissionDenied);
     served.stop().await;
 }
 

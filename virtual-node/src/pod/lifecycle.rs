@@ -4,30 +4,32 @@
 //! wants, what hosts report and how calls ended, and carries out the effects.
 //!
 //! ```text
-//!              settled, Run                       room held               accepted / seen
-//!  Unsettled ───────────────▶ Preparing ─▶ Claiming ───────▶ Starting ─────────────────▶ Placed
-//!      │ seen on a host           ▲            ▲    refused     │  │ may run there, but      │
-//!      │                          │            └────────────────┘  │ not known to            │ not Run
-//!      ▼                          │ lost, Run                      ▼                         ▼
-//!   Placed                        └───────────────── Forgetting ◀──────── Stopped ◀───── Stopping
-//!                                                        │                   │
+//!            not on record, Run        room         on record, in hand          accepted / seen
+//!  Unread ──────────────────▶ Claiming ───▶ Preparing ───────────▶ Starting ─────────────────▶ Placed
+//!     │ on record               ▲  ▲                     refused    │  │ may run there, but      │
+//!     ▼         seen            │  └────────────────────────────────┘  │ not known to            │ not Run
+//!  Recorded ────────▶ Placed    │                                      ▼                         ▼
+//!     │ its host is heard and   │ Run                 Forgetting ◀──────── Stopped ◀───── Stopping
+//!     │ does not have it        └────────────────────────┤                   │
+//!     └──────────────────────────────────────────────────▶                   │
 //!              Vacant ◀──────────────────────────────────┘       Removing ◀──┘ Delete
 //!                 │ Delete                                           │ removed
 //!                 └──▶ Removing ─▶ Over                              └──▶ Forgetting ─▶ Over
 //! ```
 //!
 //! What always holds, over crashes of this process (property tests below):
+//! - **Nothing is asked of a host that is not on record.** A placement is on the
+//!   pod's record ([`record`](super::record)) before its host hears of it, so a
+//!   later process knows the one host that may run the pod. A pod that is not on
+//!   record was never asked of any.
 //! - **At most one attempt runs.** A start is asked of another host only when
 //!   the one before was refused there for certain, or was forgotten there,
-//!   which fences it.
-//! - **Absent is not gone.** A pod that may have been started by a predecessor
-//!   of this process is not started until every host of the pool has said what
-//!   it runs ([`Event::Settled`]). A host that stays silent holds such pods
-//!   back; its operator fences it by taking it out of the configuration.
-//! - A newer attempt of the same pod wins over an older one; the loser is
-//!   evicted. Once every host has been heard, attempts are ours to number: a
-//!   newer one that we did not start is evicted too, so that no host can claim
-//!   a pod that runs elsewhere.
+//!   which fences it. What is on record from before this process is fenced too,
+//!   if its host does not have it: the ask may still be on its way. A host that
+//!   stays silent holds its pods back; its operator fences it by taking it out
+//!   of the configuration.
+//! - **No host can claim a pod.** What a host reports is believed only of the
+//!   placement on record; any other is evicted.
 //! - The API object is removed only when nothing of it runs.
 
 use std::time::Duration;
@@ -69,15 +71,19 @@ pub(crate) struct Place {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Stage {
-    /// Nothing is known to run, but a host that has not been heard may run it.
-    Unsettled { next: Attempt },
+    /// Its record has not been read.
+    Unread,
+    /// It may run there: an earlier process put it on record, and the host has
+    /// not been heard since.
+    Recorded { place: Place },
     /// Nothing runs, nothing is asked for.
     Vacant { next: Attempt },
-    /// What it refers to is being looked up.
-    Preparing { next: Attempt },
     /// Room is being asked for.
     Claiming { next: Attempt },
-    /// Room is held and the start is being asked. `doubt`: an ask went
+    /// Room is held; the place is being put on record, and what the pod refers to
+    /// looked up. The host has not been asked.
+    Preparing { place: Place },
+    /// It is on record there and the start is being asked. `doubt`: an ask went
     /// unanswered, so it may run there.
     Starting { place: Place, doubt: bool },
     /// The host has it.
@@ -98,24 +104,24 @@ pub(crate) enum Stage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Room<'a> {
     Nothing,
-    Wanted,
+    /// For this attempt: asked for, or given and not used yet.
+    Wanted(Attempt),
+    /// It may run there.
     Held(&'a Place),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Event {
     Intended(Intent),
-    /// Every host has reported since this process began (or nobody before it
-    /// can have started this pod).
-    Settled,
-    /// Everything the pod refers to is in hand.
-    Prepared,
-    /// What is in hand has grown too old while room was waited for.
-    Stale,
+    /// Where the object's record says that it was placed; None if it never was.
+    OnRecord(Option<Place>),
     /// The placer holds room on a host.
     Claimed(HostName),
+    /// The place is on record and everything the pod refers to is in hand.
+    Prepared,
     /// The start was answered, or not.
     Accepted,
+    /// The host did not take it, or is out of reach before it was asked.
     Refused(RefusalReason),
     Unanswered,
     /// A host reported.
@@ -123,7 +129,7 @@ pub(crate) enum Event {
         place: Place,
         state: SandboxState,
     },
-    /// A host does not have it.
+    /// A host that has told what it has does not have it, or is not of the pool.
     Missing(Place),
     /// The host does not know what it was told to stop.
     StopUnknown(Place),
@@ -134,8 +140,9 @@ pub(crate) enum Event {
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Effect {
-    /// Look up everything; answered by `Prepared` (or a change of intent).
-    Prepare,
+    /// Put the place on record and look up everything; answered by `Prepared` (or
+    /// `Refused`, `OnRecord` or a change of intent).
+    Prepare(Place),
     /// Answered by `Accepted`, `Refused` or `Unanswered`. `again`: after a pause.
     Start { place: Place, again: bool },
     /// Repeated until the host answers. Seen as `Stopped`, or `StopUnknown`.
@@ -151,7 +158,6 @@ pub(crate) enum Effect {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Lifecycle {
     intent: Intent,
-    settled: bool,
     stage: Stage,
 }
 
@@ -162,17 +168,12 @@ impl Lifecycle {
     pub(crate) fn new(intent: Intent) -> Self {
         Self {
             intent,
-            settled: false,
-            stage: Stage::Unsettled { next: Attempt::FIRST },
+            stage: Stage::Unread,
         }
     }
 
     pub(crate) fn stage(&self) -> &Stage {
         &self.stage
-    }
-
-    pub(crate) fn is_settled(&self) -> bool {
-        self.settled
     }
 
     pub(crate) fn intent(&self) -> Intent {
@@ -182,16 +183,17 @@ impl Lifecycle {
     /// Where it runs or may run, or its remains are.
     pub(crate) fn place(&self) -> Option<&Place> {
         match &self.stage {
-            Stage::Starting { place, .. }
+            Stage::Recorded { place }
+            | Stage::Starting { place, .. }
             | Stage::Placed { place }
             | Stage::Stopping { place, .. }
             | Stage::Stopped { place }
             | Stage::Forgetting { place } => Some(place),
             Stage::Removing { place } => place.as_ref(),
-            Stage::Unsettled { .. }
+            Stage::Unread
             | Stage::Vacant { .. }
-            | Stage::Preparing { .. }
             | Stage::Claiming { .. }
+            | Stage::Preparing { .. }
             | Stage::Over => None,
         }
     }
@@ -200,15 +202,16 @@ impl Lifecycle {
     /// whenever it differs from what it last told.
     pub(crate) fn room(&self) -> Room<'_> {
         match &self.stage {
-            Stage::Claiming { .. } => Room::Wanted,
+            Stage::Claiming { next } => Room::Wanted(*next),
+            Stage::Preparing { place } => Room::Wanted(place.attempt),
             // Forgetting: the fence may have been asked of a host that runs it.
-            Stage::Starting { place, .. }
+            Stage::Recorded { place }
+            | Stage::Starting { place, .. }
             | Stage::Placed { place }
             | Stage::Stopping { place, .. }
             | Stage::Forgetting { place } => Room::Held(place),
-            Stage::Unsettled { .. }
+            Stage::Unread
             | Stage::Vacant { .. }
-            | Stage::Preparing { .. }
             | Stage::Stopped { .. }
             | Stage::Removing { .. }
             | Stage::Over => Room::Nothing,
@@ -219,25 +222,17 @@ impl Lifecycle {
     pub(crate) fn step(mut self, event: Event) -> (Self, Vec<Effect>) {
         match event {
             Event::Intended(intent) => self.intended(intent),
-            Event::Settled => {
-                self.settled = true;
-                match self.stage.clone() {
-                    Stage::Unsettled { next } => self.vacant(next),
-                    Stage::Stopped { place } => self.stopped(place),
-                    _ => self.stay(),
-                }
-            }
-            Event::Prepared => match self.stage {
-                Stage::Preparing { next } => self.to(Stage::Claiming { next }, []),
-                _ => self.stay(),
-            },
-            Event::Stale => match self.stage {
-                Stage::Claiming { next } => self.vacant(next),
-                _ => self.stay(),
-            },
+            Event::OnRecord(place) => self.on_record(place),
             Event::Claimed(host) => match self.stage {
                 Stage::Claiming { next } => {
                     let place = Place { host, attempt: next };
+                    let prepare = Effect::Prepare(place.clone());
+                    self.to(Stage::Preparing { place }, [prepare])
+                }
+                _ => self.stay(),
+            },
+            Event::Prepared => match self.stage.clone() {
+                Stage::Preparing { place } => {
                     let start = Effect::Start {
                         place: place.clone(),
                         again: false,
@@ -264,6 +259,7 @@ impl Lifecycle {
             },
             Event::Refused(reason) => match self.stage.clone() {
                 Stage::Starting { place, doubt } => self.refused(place, doubt, reason),
+                Stage::Preparing { place } => self.after(&place),
                 _ => self.stay(),
             },
             Event::Seen { place, state } => self.seen(place, state),
@@ -306,12 +302,11 @@ impl Lifecycle {
         }
     }
 
-    /// Nothing of it is known to run.
+    /// Nothing of it runs anywhere.
     fn vacant(self, next: Attempt) -> (Self, Vec<Effect>) {
         match self.intent {
             Intent::Reap => self.to(Stage::Over, []),
-            _ if !self.settled => self.to(Stage::Unsettled { next }, []),
-            Intent::Run => self.to(Stage::Preparing { next }, [Effect::Prepare]),
+            Intent::Run => self.to(Stage::Claiming { next }, []),
             Intent::Finish => self.to(Stage::Vacant { next }, []),
             Intent::Delete { .. } => self.to(Stage::Removing { place: None }, [Effect::Remove]),
         }
@@ -337,17 +332,41 @@ impl Lifecycle {
         match self.intent {
             // It was lost (its host restarted): a new attempt, once this one is fenced.
             Intent::Run | Intent::Reap => self.forget(place),
-            Intent::Delete { .. } if self.settled => {
-                self.to(Stage::Removing { place: Some(place) }, [Effect::Remove])
-            }
-            // A host that was not heard may run a newer attempt: wait.
-            Intent::Delete { .. } | Intent::Finish => self.to(Stage::Stopped { place }, []),
+            Intent::Delete { .. } => self.to(Stage::Removing { place: Some(place) }, [Effect::Remove]),
+            Intent::Finish => self.to(Stage::Stopped { place }, []),
         }
     }
 
     fn forget(self, place: Place) -> (Self, Vec<Effect>) {
         let forget = Effect::Forget(place.clone());
         self.to(Stage::Forgetting { place }, [forget])
+    }
+
+    fn on_record(self, place: Option<Place>) -> (Self, Vec<Effect>) {
+        match (self.stage.clone(), place) {
+            (Stage::Unread, None) => self.vacant(Attempt::FIRST),
+            (Stage::Unread, Some(place)) => self.recorded(place),
+            // Written by another process, which may have asked that host: it counts.
+            (Stage::Claiming { next }, Some(place)) if place.attempt >= next => self.recorded(place),
+            (Stage::Preparing { place: ours }, Some(place))
+                if place != ours && place.attempt >= ours.attempt =>
+            {
+                self.recorded(place)
+            }
+            (Stage::Recorded { place: older }, Some(place)) if place.attempt > older.attempt => {
+                self.recorded(place)
+            }
+            _ => self.stay(),
+        }
+    }
+
+    /// It may run there.
+    fn recorded(self, place: Place) -> (Self, Vec<Effect>) {
+        match self.intent {
+            Intent::Run | Intent::Finish => self.to(Stage::Recorded { place }, []),
+            // No need to wait for a report: the host is asked until it answers.
+            Intent::Delete { .. } | Intent::Reap => self.placed(place),
+        }
     }
 
     fn intended(mut self, new: Intent) -> (Self, Vec<Effect>) {
@@ -364,10 +383,10 @@ impl Lifecycle {
         }
         self.intent = intent;
         match self.stage.clone() {
-            Stage::Vacant { next }
-            | Stage::Preparing { next }
-            | Stage::Claiming { next }
-            | Stage::Unsettled { next } => self.vacant(next),
+            Stage::Unread if intent == Intent::Reap => self.to(Stage::Over, []),
+            Stage::Vacant { next } | Stage::Claiming { next } => self.vacant(next),
+            Stage::Preparing { place } => self.vacant(place.attempt),
+            Stage::Recorded { place } => self.recorded(place),
             Stage::Placed { place } => self.placed(place),
             Stage::Stopping { place, grace } => {
                 let hastened = match intent {
@@ -388,9 +407,11 @@ impl Lifecycle {
             },
             // A start or a forget in flight is waited for; its answer is read
             // with the new intent.
-            Stage::Starting { .. } | Stage::Forgetting { .. } | Stage::Removing { .. } | Stage::Over => {
-                self.stay()
-            }
+            Stage::Unread
+            | Stage::Starting { .. }
+            | Stage::Forgetting { .. }
+            | Stage::Removing { .. }
+            | Stage::Over => self.stay(),
         }
     }
 
@@ -411,71 +432,38 @@ impl Lifecycle {
     }
 
     fn seen(self, seen: Place, state: SandboxState) -> (Self, Vec<Effect>) {
-        let adopt = |core: Self, place: Place| {
-            if state == SandboxState::Stopped {
-                core.stopped(place)
-            } else {
-                core.placed(place)
+        if self.stage == Stage::Unread {
+            return self.stay();
+        }
+        if self.place() != Some(&seen) {
+            // Fenced, given up, or claimed by a host that was never asked.
+            return (self, vec![Effect::Evict(seen)]);
+        }
+        let stopped = state == SandboxState::Stopped;
+        match self.stage {
+            Stage::Recorded { .. } | Stage::Starting { .. } if !stopped => self.placed(seen),
+            Stage::Recorded { .. }
+            | Stage::Starting { .. }
+            | Stage::Placed { .. }
+            | Stage::Stopping { .. }
+                if stopped =>
+            {
+                self.stopped(seen)
             }
-        };
-        match self.stage.clone() {
-            Stage::Unsettled { next }
-            | Stage::Vacant { next }
-            | Stage::Preparing { next }
-            | Stage::Claiming { next } => {
-                // One below `next` is fenced or was refused: a stray. Another
-                // one was a predecessor's.
-                if seen.attempt < next {
-                    self.evict(seen)
-                } else {
-                    adopt(self, seen)
-                }
-            }
-            Stage::Removing { place: None } | Stage::Over => self.evict(seen),
-            Stage::Starting { place, .. }
-            | Stage::Placed { place }
-            | Stage::Stopping { place, .. }
-            | Stage::Stopped { place }
-            | Stage::Forgetting { place }
-            | Stage::Removing { place: Some(place) } => {
-                if place == seen {
-                    match self.stage {
-                        Stage::Starting { .. } => adopt(self, seen),
-                        Stage::Placed { .. } | Stage::Stopping { .. } if state == SandboxState::Stopped => {
-                            self.stopped(seen)
-                        }
-                        _ => self.stay(),
-                    }
-                } else if place.attempt >= seen.attempt || self.settled {
-                    // Once all hosts have told what a predecessor started, attempts
-                    // are ours to number: a host that tells of a newer one would take
-                    // the pod's identity from the host that runs it.
-                    self.evict(seen)
-                } else {
-                    // Newer than ours, so ours is the stray.
-                    let (next, mut effects) = adopt(self, seen);
-                    effects.push(Effect::Evict(place));
-                    (next, effects)
-                }
-            }
+            _ => self.stay(),
         }
     }
 
-    fn evict(self, stray: Place) -> (Self, Vec<Effect>) {
-        (self, vec![Effect::Evict(stray)])
-    }
-
+    /// Nothing of it is there. An ask may still be on its way, so it is fenced.
     fn missing(self, gone: &Place) -> (Self, Vec<Effect>) {
         match self.stage.clone() {
-            Stage::Placed { place } | Stage::Stopping { place, .. } | Stage::Stopped { place }
+            Stage::Recorded { place }
+            | Stage::Placed { place }
+            | Stage::Stopping { place, .. }
+            | Stage::Stopped { place }
                 if place == *gone =>
             {
-                match self.intent {
-                    // Nothing runs there and no record is left; the fence costs one call.
-                    Intent::Run | Intent::Reap => self.forget(place),
-                    Intent::Finish => self.after(&place),
-                    Intent::Delete { .. } => self.stopped(place),
-                }
+                self.forget(place)
             }
             _ => self.stay(),
         }

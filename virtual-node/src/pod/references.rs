@@ -13,8 +13,6 @@ use std::{
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, ProjectedVolumeSource, Secret};
 
-use crate::mesh::object::DataplaneMode;
-
 /// One token to ask for: which projection of which volume it fills.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct TokenSlot {
@@ -50,8 +48,6 @@ pub(crate) struct Resolved {
     pub(crate) runtime_handler: Option<Option<String>>,
     /// Services that the pod's environment tells of.
     pub(crate) services: Vec<ServiceLink>,
-    /// What the namespace says of the mesh.
-    pub(crate) namespace_mode: Option<DataplaneMode>,
 }
 
 /// A bound service-account token.

@@ -23,12 +23,13 @@ use kube::{
     Api, Client, Resource,
     api::{ListParams, PostParams},
 };
+use pool_agent_api::spec::MeshMode;
 use serde::de::DeserializeOwned;
 
 use super::references::{
     References, Resolved, ServiceLink, ServiceLinkPort, Token, TokenSlot, TokenWanted, references,
 };
-use crate::mesh::object::DataplaneMode;
+use crate::{api_server::answered, mesh::object::DataplaneMode};
 
 #[derive(Debug, thiserror::Error)]
 #[error("cannot read {what}")]
@@ -58,13 +59,12 @@ pub(crate) async fn resolve(
 ) -> Result<Resolved, ReadError> {
     let wanted = references(pod);
     let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
-    let (config_maps, secrets, tokens, runtime_handler, services, namespace_mode) = try_join!(
+    let (config_maps, secrets, tokens, runtime_handler, services) = try_join!(
         objects::<ConfigMap>(client, namespace, &wanted.config_maps, "configmap"),
         objects::<Secret>(client, namespace, &wanted.secrets, "secret"),
         tokens(client, pod, &wanted, held, now),
         runtime_handler(client, wanted.runtime_class.as_deref(), extent),
         services(client, pod, namespace, extent),
-        namespace_mode(client, namespace, extent),
     )?;
     Ok(Resolved {
         config_maps,
@@ -72,8 +72,24 @@ pub(crate) async fn resolve(
         tokens,
         runtime_handler,
         services,
-        namespace_mode,
     })
+}
+
+/// Whether the pod is to be in the mesh, by its own label and its namespace's.
+pub(crate) async fn mesh_mode(client: &Client, pod: &Pod) -> Result<MeshMode, ReadError> {
+    let name = pod.metadata.namespace.as_deref().unwrap_or_default();
+    let namespace = answered(Api::<Namespace>::all(client.clone()).get_metadata(name))
+        .await
+        .map_err(read_error(format!("namespace {name}")))?;
+    let of_namespace = DataplaneMode::of(&namespace.metadata);
+    // The mesh's own rule, so that hosts and control plane agree.
+    Ok(
+        if DataplaneMode::enrols(DataplaneMode::of(&pod.metadata), of_namespace) {
+            MeshMode::Enrolled
+        } else {
+            MeshMode::Unmeshed
+        },
+    )
 }
 
 fn read_error(what: impl Into<String>) -> impl FnOnce(kube::Error) -> ReadError {
@@ -101,8 +117,7 @@ where
     let reads = names.iter().map(|name| {
         let api = api.clone();
         async move {
-            let found = api
-                .get_opt(name)
+            let found = answered(api.get_opt(name))
                 .await
                 .map_err(read_error(format!("{kind} {namespace}/{name}")))?;
             Ok((name.clone(), found.map(Arc::new)))
@@ -150,8 +165,8 @@ async fn token(client: &Client, pod: &Pod, wanted: &TokenWanted, now: Timestamp)
         }),
         ..TokenRequest::default()
     };
-    let issued = Api::<ServiceAccount>::namespaced(client.clone(), namespace)
-        .create_token_request(account, &PostParams::default(), &request)
+    let accounts = Api::<ServiceAccount>::namespaced(client.clone(), namespace);
+    let issued = answered(accounts.create_token_request(account, &PostParams::default(), &request))
         .await
         .map_err(read_error(format!(
             "a token of serviceaccount {namespace}/{account}"
@@ -180,8 +195,7 @@ async fn runtime_handler(
     let Some(name) = name.filter(|_| extent == Extent::Start) else {
         return Ok(None);
     };
-    let class = Api::<RuntimeClass>::all(client.clone())
-        .get_opt(name)
+    let class = answered(Api::<RuntimeClass>::all(client.clone()).get_opt(name))
         .await
         .map_err(read_error(format!("runtimeclass {name}")))?;
     Ok(class.map(|c| Some(c.handler).filter(|h| !h.is_empty())))
@@ -204,8 +218,8 @@ async fn services(
         if !links {
             return Ok(vec![]);
         }
-        let list = Api::<Service>::namespaced(client.clone(), namespace)
-            .list(&ListParams::default().match_any())
+        let services = Api::<Service>::namespaced(client.clone(), namespace);
+        let list = answered(services.list(&ListParams::default().match_any()))
             .await
             .map_err(read_error(format!("services of {namespace}")))?;
         Ok(list.items)
@@ -214,8 +228,7 @@ async fn services(
         if links && namespace == MASTER.0 {
             return Ok(None);
         }
-        Api::<Service>::namespaced(client.clone(), MASTER.0)
-            .get_opt(MASTER.1)
+        answered(Api::<Service>::namespaced(client.clone(), MASTER.0).get_opt(MASTER.1))
             .await
             .map_err(read_error("service default/kubernetes"))
     };
@@ -241,21 +254,6 @@ fn link(service: Service) -> Option<ServiceLink> {
             })
             .collect(),
     })
-}
-
-async fn namespace_mode(
-    client: &Client,
-    namespace: &str,
-    extent: Extent,
-) -> Result<Option<DataplaneMode>, ReadError> {
-    if extent == Extent::Volumes {
-        return Ok(None);
-    }
-    let found = Api::<Namespace>::all(client.clone())
-        .get_metadata(namespace)
-        .await
-        .map_err(read_error(format!("namespace {namespace}")))?;
-    Ok(DataplaneMode::of(&found.metadata))
 }
 
 #[cfg(test)]

@@ -26,8 +26,11 @@ pub(crate) use patch::patch;
 pub(crate) use phase::Phase;
 use pool_agent_api::{
     SandboxStatus,
+    spec::MeshMode,
     status::{ContainerState, ContainerStatus, MeshState, SandboxState, Terminated},
 };
+
+use super::record::{self, Record};
 
 /// The end of a pod that was decided here, not by its containers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -48,6 +51,8 @@ pub(crate) struct Holdup {
 /// What is known of the pod now.
 pub(crate) struct Observed<'a> {
     pub(crate) pod: &'a Pod,
+    /// Where it was placed, if it was.
+    pub(crate) record: Option<&'a Record>,
     /// The current attempt's report.
     pub(crate) sandbox: Option<&'a SandboxStatus>,
     pub(crate) verdict: Option<&'a Verdict>,
@@ -338,36 +343,58 @@ fn conditions(
         containers_ready,
         ready,
     ];
-    let now = Time(whole_seconds(observed.now));
     let generation = observed.pod.metadata.generation;
-    for ours in ours {
-        let status = if ours.holds { "True" } else { "False" };
-        let old = conditions.iter().position(|c| c.type_ == ours.kind);
-        let since = old
-            .map(|i| &conditions[i])
-            .filter(|c| c.status == status)
-            .and_then(|c| c.last_transition_time.clone());
-        let new = PodCondition {
-            type_: ours.kind.to_owned(),
-            status: status.to_owned(),
-            reason: filled(ours.reason),
-            message: filled(&ours.message),
-            last_transition_time: Some(since.unwrap_or_else(|| now.clone())),
-            last_probe_time: None,
-            observed_generation: generation,
-        };
-        match old {
-            Some(i) => conditions[i] = new,
-            None => conditions.push(new),
-        }
+    // A newer attempt on record is another process's, and is never written over.
+    let newest = Record::of(observed.pod).map(|r| r.place.attempt);
+    let record = observed.record.filter(|r| Some(r.place.attempt) >= newest);
+    for condition in ours.into_iter().chain(record.map(placed)) {
+        set(&mut conditions, condition, generation, observed.now);
     }
     conditions
+}
+
+/// The status with the placement on record in it.
+pub(crate) fn on_record(mut status: PodStatus, record: &Record, pod: &Pod, now: Timestamp) -> PodStatus {
+    let conditions = status.conditions.get_or_insert_default();
+    set(conditions, placed(record), pod.metadata.generation, now);
+    status
+}
+
+fn set(conditions: &mut Vec<PodCondition>, new: Condition, generation: Option<i64>, now: Timestamp) {
+    let status = if new.holds { "True" } else { "False" };
+    let old = conditions.iter().position(|c| c.type_ == new.kind);
+    let since = old
+        .map(|i| &conditions[i])
+        .filter(|c| c.status == status)
+        .and_then(|c| c.last_transition_time.clone());
+    let new = PodCondition {
+        type_: new.kind.to_owned(),
+        status: status.to_owned(),
+        reason: filled(new.reason),
+        message: filled(&new.message),
+        last_transition_time: Some(since.unwrap_or_else(|| Time(whole_seconds(now)))),
+        last_probe_time: None,
+        observed_generation: generation,
+    };
+    match old {
+        Some(i) => conditions[i] = new,
+        None => conditions.push(new),
+    }
+}
+
+fn placed(record: &Record) -> Condition {
+    Condition {
+        kind: record::CONDITION,
+        holds: true,
+        reason: record.reason(),
+        message: record.message(),
+    }
 }
 
 /// KEP-3085: the sandbox has its network; here also: its mesh attachment serves.
 fn ready_to_start(observed: &Observed<'_>) -> Condition {
     let holds = observed.sandbox.is_some_and(|s| {
-        let attached = s.identity.is_none() || s.mesh >= MeshState::Serving;
+        let attached = !outside_mesh(observed) && (s.identity.is_none() || s.mesh >= MeshState::Serving);
         s.pod_ip.is_some() && attached && matches!(s.state, SandboxState::Running | SandboxState::Stopping)
     });
     Condition {
@@ -376,6 +403,15 @@ fn ready_to_start(observed: &Observed<'_>) -> Condition {
         reason: "",
         message: String::new(),
     }
+}
+
+/// Its host runs it without the identity it was placed with.
+fn outside_mesh(observed: &Observed<'_>) -> bool {
+    let enrolled = observed.record.is_some_and(|r| r.mesh == MeshMode::Enrolled);
+    enrolled
+        && observed
+            .sandbox
+            .is_some_and(|s| s.identity.is_none() && s.state == SandboxState::Running)
 }
 
 fn initialized(
@@ -440,6 +476,12 @@ fn containers_ready(
     }
     if observed.host_lost {
         return not("HostUnreachable", "the host of the pod has not been heard".into());
+    }
+    if outside_mesh(observed) {
+        return not(
+            "OutsideMesh",
+            "the host of the pod reports no identity of it".into(),
+        );
     }
     let sidecars = spec
         .init_containers

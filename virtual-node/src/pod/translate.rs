@@ -29,7 +29,6 @@ use pool_agent_api::{
 };
 
 use super::references::Resolved;
-use crate::mesh::object::DataplaneMode;
 
 /// What a pod may be told of where it runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,19 +79,11 @@ pub(crate) struct Translated {
     pub(crate) skipped_variables: Vec<String>,
 }
 
-/// The mesh's own rule, so that hosts and control plane agree.
-fn mesh_mode(pod: &Pod, namespace_mode: Option<DataplaneMode>) -> MeshMode {
-    if DataplaneMode::enrols(DataplaneMode::of(&pod.metadata), namespace_mode) {
-        MeshMode::Enrolled
-    } else {
-        MeshMode::Unmeshed
-    }
-}
-
-/// The whole spec of one attempt.
+/// The whole spec of one attempt. `mesh` is what is on the pod's record.
 pub(crate) fn translate(
     pod: &Pod,
     key: SandboxKey,
+    mesh: MeshMode,
     resolved: &Resolved,
     facts: &NodeFacts,
 ) -> Result<Translated, Untranslatable> {
@@ -133,7 +124,7 @@ pub(crate) fn translate(
         service_account: service_account(pod)?,
         labels: meta.labels.clone().unwrap_or_default(),
         annotations: meta.annotations.clone().unwrap_or_default(),
-        mesh: mesh_mode(pod, resolved.namespace_mode),
+        mesh,
         runtime_handler,
         network: network::network(pod, spec, facts)?,
         security: security::pod_security(spec)?,

@@ -39,7 +39,7 @@ enum ConnectError {
 }
 
 /// Connects at the first call, and again when the connection broke.
-pub(super) fn channel(host: &PoolHost, tls: Arc<PoolTls>) -> Channel {
+pub(crate) fn channel(host: &PoolHost, tls: Arc<PoolTls>) -> Channel {
     let (address, name) = (host.address, host.name.clone());
     // The URI only carries the authority of the requests; the connector knows where to go.
     Endpoint::from_static("http://pool-agent")

@@ -20,21 +20,19 @@ fn placement(on: &str, namespace: &str, account: &str, enrolled: bool) -> Placem
     }
 }
 
-/// `web` runs on host-a, `db` on host-b, `plain` on host-a outside the mesh; host-c
-/// has not been heard of.
+/// `web` is placed on host-a, `db` on host-b, `plain` on host-a outside the mesh.
 fn placements() -> Placements {
     let pods = [
         ("u-1", placement("host-a", "shop", "web", true)),
         ("u-2", placement("host-b", "shop", "db", true)),
         ("u-3", placement("host-a", "shop", "plain", false)),
-        ("u-4", placement("host-c", "shop", "far", true)),
     ];
     Placements {
         pods: pods
             .into_iter()
             .map(|(uid, placement)| (PodUid::parse("uid", uid).unwrap(), placement))
             .collect(),
-        known_hosts: [host("host-a"), host("host-b")].into(),
+        complete: true,
     }
 }
 
@@ -53,11 +51,6 @@ fn a_host_gets_the_identities_of_the_pods_it_runs() {
     let web = "spiffe://cluster.local/ns/shop/sa/web";
     assert_eq!(decided("host-a", web, None), Ok(()));
     assert_eq!(decided("host-a", web, Some(web)), Ok(()));
-    // What was placed before its host was heard of counts too.
-    assert_eq!(
-        decided("host-c", "spiffe://cluster.local/ns/shop/sa/far", None),
-        Ok(())
-    );
 }
 
 #[test]
@@ -104,8 +97,16 @@ fn metadata_that_says_otherwise_than_the_csr_is_refused() {
 
 #[test]
 fn what_is_not_known_yet_is_put_off_rather_than_refused() {
-    for on in ["host-c", "host-d"] {
-        let refusal = decided(on, "spiffe://cluster.local/ns/shop/sa/web", None);
+    let web = "spiffe://cluster.local/ns/shop/sa/web";
+    let placements = Placements {
+        complete: false,
+        ..placements()
+    };
+    let decided = |on: &str| decide(&host(on), &web.parse().unwrap(), None, DOMAIN, &placements);
+    // What is on record counts at once.
+    assert_eq!(decided("host-a"), Ok(()));
+    for on in ["host-b", "host-c"] {
+        let refusal = decided(on);
         assert!(
             matches!(refusal, Err(Refusal::NotKnown { .. })),
             "{on}: {refusal:?}"

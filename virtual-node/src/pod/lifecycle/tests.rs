@@ -27,13 +27,28 @@ fn after(intent: Intent, events: &[Event]) -> (Lifecycle, Vec<Effect>) {
 
 const GRACE: Duration = Duration::from_secs(30);
 
+fn seen(i: usize, attempt: u32, state: SandboxState) -> Event {
+    Event::Seen {
+        place: place(i, attempt),
+        state,
+    }
+}
+
+/// The first attempt is on record on host 0, and nothing else is known.
+fn on_record() -> Event {
+    Event::OnRecord(Some(place(0, 1)))
+}
+
 #[test]
-fn a_new_pod_is_prepared_placed_and_started() {
-    let (core, effects) = after(Intent::Run, &[Event::Settled]);
-    assert_eq!(effects, [Effect::Prepare]);
-    let (core, effects) = core.step(Event::Prepared);
-    assert_eq!((core.room(), effects.len()), (Room::Wanted, 0));
+fn a_new_pod_gets_room_is_put_on_record_and_started() {
+    let (core, effects) = after(Intent::Run, &[Event::OnRecord(None)]);
+    assert_eq!((core.room(), effects.len()), (Room::Wanted(Attempt::FIRST), 0));
     let (core, effects) = core.step(Event::Claimed(host(0)));
+    assert_eq!(effects, [Effect::Prepare(place(0, 1))]);
+    // Given, and not used yet.
+    assert_eq!(core.room(), Room::Wanted(Attempt::FIRST));
+    assert_eq!(core.place(), None);
+    let (core, effects) = core.step(Event::Prepared);
     let start = Effect::Start {
         place: place(0, 1),
         again: false,
@@ -48,54 +63,104 @@ fn a_new_pod_is_prepared_placed_and_started() {
 }
 
 #[test]
-fn a_pod_that_was_there_before_waits_until_every_host_has_reported() {
-    let (core, effects) = after(Intent::Run, &[]);
-    assert_eq!((core.room(), effects.len()), (Room::Nothing, 0));
-    let seen = Event::Seen {
-        place: place(1, 4),
-        state: SandboxState::Running,
-    };
-    let (core, effects) = core.step(seen);
+fn nothing_is_begun_before_the_record_is_read() {
+    for event in [
+        Event::Intended(Intent::Delete { grace: GRACE }),
+        seen(0, 1, SandboxState::Running),
+        Event::Claimed(host(0)),
+        Event::Prepared,
+    ] {
+        let (core, effects) = after(Intent::Run, std::slice::from_ref(&event));
+        assert_eq!((core.stage(), effects.len()), (&Stage::Unread, 0), "{event:?}");
+    }
+}
+
+#[test]
+fn a_pod_on_record_waits_for_its_host_and_for_no_other() {
+    let (core, effects) = after(Intent::Run, &[on_record()]);
+    assert_eq!((core.room(), effects.len()), (Room::Held(&place(0, 1)), 0));
+    let (core, effects) = core.step(seen(0, 1, SandboxState::Running));
     assert_eq!(
         (core.stage(), effects.len()),
-        (&Stage::Placed { place: place(1, 4) }, 0)
-    );
-    let (core, effects) = core.step(Event::Settled);
-    assert_eq!(
-        (core.stage(), effects.len()),
-        (&Stage::Placed { place: place(1, 4) }, 0)
+        (&Stage::Placed { place: place(0, 1) }, 0)
     );
 }
 
 #[test]
-fn a_stopped_attempt_is_not_followed_by_another_before_every_host_has_reported() {
-    let seen = Event::Seen {
-        place: place(0, 1),
-        state: SandboxState::Stopped,
-    };
-    let (core, effects) = after(Intent::Run, &[seen]);
+fn a_pod_on_record_that_its_host_does_not_have_is_fenced_before_it_is_placed_anew() {
+    let (core, effects) = after(Intent::Run, &[on_record(), Event::Missing(place(0, 1))]);
+    // The ask of a process that has died may still be on its way.
     assert_eq!(effects, [Effect::Forget(place(0, 1))]);
-    let (core, effects) = core.step(Event::Forgotten(place(0, 1)));
-    assert_eq!(effects, []);
-    // The host that was silent runs the second attempt.
-    let seen = Event::Seen {
-        place: place(1, 2),
-        state: SandboxState::Running,
-    };
-    let (core, _) = core.step(seen);
-    let (core, effects) = core.step(Event::Settled);
+    let (core, _) = core.step(Event::Forgotten(place(0, 1)));
+    assert_eq!(core.room(), Room::Wanted(place(0, 2).attempt));
+}
+
+#[test]
+fn a_pod_on_record_that_is_being_deleted_is_stopped_without_waiting_for_a_report() {
+    let delete = Event::Intended(Intent::Delete { grace: GRACE });
+    for events in [[delete.clone(), on_record()], [on_record(), delete]] {
+        let (_, effects) = after(Intent::Run, &events);
+        let stop = Effect::Stop {
+            place: place(0, 1),
+            grace: GRACE,
+        };
+        assert_eq!(effects, [stop], "{events:?}");
+    }
+}
+
+#[test]
+fn a_pod_that_another_process_put_on_record_meanwhile_is_that_ones() {
+    let theirs = place(1, 1);
+    for events in [
+        vec![Event::OnRecord(None)],
+        vec![Event::OnRecord(None), Event::Claimed(host(0))],
+    ] {
+        let (core, _) = after(Intent::Run, &events);
+        let (core, effects) = core.step(Event::OnRecord(Some(theirs.clone())));
+        assert_eq!(
+            (core.stage(), effects.len()),
+            (
+                &Stage::Recorded {
+                    place: theirs.clone()
+                },
+                0
+            )
+        );
+    }
+}
+
+#[test]
+fn a_newer_place_on_record_is_the_one_that_counts_while_nothing_was_heard_of_either() {
+    let newer = place(1, 2);
+    let (core, effects) = after(Intent::Run, &[on_record(), Event::OnRecord(Some(newer.clone()))]);
     assert_eq!(
         (core.stage(), effects.len()),
-        (&Stage::Placed { place: place(1, 2) }, 0)
+        (&Stage::Recorded { place: newer }, 0)
+    );
+    let (same, _) = core.clone().step(on_record());
+    assert_eq!(same, core, "an older one is late");
+}
+
+#[test]
+fn a_host_out_of_reach_is_given_up_before_it_is_asked() {
+    let events = [
+        Event::OnRecord(None),
+        Event::Claimed(host(0)),
+        Event::Refused(RefusalReason::Unknown),
+    ];
+    let (core, effects) = after(Intent::Run, &events);
+    assert_eq!(
+        (core.room(), effects.len()),
+        (Room::Wanted(place(0, 2).attempt), 0)
     );
 }
 
 #[test]
 fn an_unanswered_start_is_asked_of_the_same_host_again() {
     let start = [
-        Event::Settled,
-        Event::Prepared,
+        Event::OnRecord(None),
         Event::Claimed(host(0)),
+        Event::Prepared,
         Event::Unanswered,
     ];
     let (core, effects) = after(Intent::Run, &start);
@@ -108,31 +173,31 @@ fn an_unanswered_start_is_asked_of_the_same_host_again() {
     let (core, effects) = core.step(Event::Refused(RefusalReason::NoRoom));
     assert_eq!(effects, [Effect::Forget(place(0, 1))]);
     let (core, effects) = core.step(Event::Forgotten(place(0, 1)));
-    assert_eq!(effects, [Effect::Prepare]);
     assert_eq!(
-        *core.stage(),
-        Stage::Preparing {
-            next: place(0, 2).attempt
-        }
+        (core.room(), effects.len()),
+        (Room::Wanted(place(0, 2).attempt), 0)
     );
 }
 
 #[test]
 fn a_refused_start_is_tried_elsewhere_under_the_next_attempt() {
-    let start = [Event::Settled, Event::Prepared, Event::Claimed(host(0))];
+    let start = [Event::OnRecord(None), Event::Claimed(host(0)), Event::Prepared];
     let (core, _) = after(Intent::Run, &start);
     let (core, effects) = core.step(Event::Refused(RefusalReason::NoRoom));
-    assert_eq!((core.room(), effects.len()), (Room::Wanted, 0));
-    let (core, _) = core.step(Event::Claimed(host(1)));
-    assert_eq!(core.place(), Some(&place(1, 2)));
+    assert_eq!(
+        (core.room(), effects.len()),
+        (Room::Wanted(place(0, 2).attempt), 0)
+    );
+    let (_, effects) = core.step(Event::Claimed(host(1)));
+    assert_eq!(effects, [Effect::Prepare(place(1, 2))]);
 }
 
 #[test]
 fn a_deletion_stops_removes_and_forgets_in_that_order() {
     let start = [
-        Event::Settled,
-        Event::Prepared,
+        Event::OnRecord(None),
         Event::Claimed(host(0)),
+        Event::Prepared,
         Event::Accepted,
     ];
     let (core, _) = after(Intent::Run, &start);
@@ -163,12 +228,12 @@ fn a_deletion_stops_removes_and_forgets_in_that_order() {
 #[test]
 fn a_pod_deleted_before_it_started_is_only_removed() {
     for events in [
-        vec![Event::Settled],
-        vec![Event::Settled, Event::Prepared],
+        vec![Event::OnRecord(None)],
+        vec![Event::OnRecord(None), Event::Claimed(host(0))],
         vec![
-            Event::Settled,
-            Event::Prepared,
+            Event::OnRecord(None),
             Event::Claimed(host(0)),
+            Event::Prepared,
             Event::Refused(RefusalReason::NoRoom),
         ],
     ] {
@@ -184,9 +249,9 @@ fn a_pod_deleted_before_it_started_is_only_removed() {
 #[test]
 fn a_finished_pod_keeps_its_remains_until_it_is_deleted() {
     let start = [
-        Event::Settled,
-        Event::Prepared,
+        Event::OnRecord(None),
         Event::Claimed(host(0)),
+        Event::Prepared,
         Event::Accepted,
     ];
     let (core, _) = after(Intent::Run, &start);
@@ -207,16 +272,19 @@ fn a_finished_pod_keeps_its_remains_until_it_is_deleted() {
 
 #[test]
 fn a_pod_that_was_final_before_the_start_is_left_alone() {
-    let (core, effects) = after(Intent::Run, &[Event::Intended(Intent::Finish), Event::Settled]);
+    let (core, effects) = after(
+        Intent::Run,
+        &[Event::Intended(Intent::Finish), Event::OnRecord(None)],
+    );
     assert_eq!((core.room(), effects.len()), (Room::Nothing, 0));
 }
 
 #[test]
 fn an_object_that_vanished_leaves_nothing_behind() {
     let start = [
-        Event::Settled,
-        Event::Prepared,
+        Event::OnRecord(None),
         Event::Claimed(host(0)),
+        Event::Prepared,
         Event::Accepted,
     ];
     let (core, _) = after(Intent::Run, &start);
@@ -235,35 +303,34 @@ fn an_object_that_vanished_leaves_nothing_behind() {
 }
 
 #[test]
-fn of_two_attempts_the_newer_stays() {
-    let seen = |i, attempt| Event::Seen {
-        place: place(i, attempt),
-        state: SandboxState::Running,
-    };
-    let (core, effects) = after(Intent::Run, &[seen(0, 1), seen(1, 2)]);
-    assert_eq!(effects, [Effect::Evict(place(0, 1))]);
-    assert_eq!(core.place(), Some(&place(1, 2)));
-    let (core, effects) = core.step(seen(0, 1));
-    assert_eq!(effects, [Effect::Evict(place(0, 1))]);
-    assert_eq!(core.place(), Some(&place(1, 2)));
-}
-
-#[test]
-fn a_host_cannot_claim_a_pod_that_runs_elsewhere() {
-    let start = [
-        Event::Settled,
-        Event::Prepared,
-        Event::Claimed(host(0)),
-        Event::Accepted,
+fn a_host_cannot_claim_a_pod() {
+    let claims = [
+        place(1, 1),
+        place(1, 2),
+        place(1, 1_000_000),
+        place(0, 2),
+        place(0, 1_000_000),
     ];
-    let (core, _) = after(Intent::Run, &start);
-    let claimed = Event::Seen {
-        place: place(1, 1_000_000),
-        state: SandboxState::Running,
-    };
-    let (core, effects) = core.step(claimed);
-    assert_eq!(effects, [Effect::Evict(place(1, 1_000_000))]);
-    assert_eq!(core.room(), Room::Held(&place(0, 1)));
+    let histories = [
+        vec![Event::OnRecord(None)],
+        vec![Event::OnRecord(None), Event::Claimed(host(0))],
+        vec![Event::OnRecord(None), Event::Claimed(host(0)), Event::Prepared],
+        vec![on_record()],
+        vec![on_record(), seen(0, 1, SandboxState::Running)],
+        vec![on_record(), seen(0, 1, SandboxState::Stopped)],
+    ];
+    for history in histories {
+        let (core, _) = after(Intent::Run, &history);
+        for claim in &claims {
+            let claimed = Event::Seen {
+                place: claim.clone(),
+                state: SandboxState::Running,
+            };
+            let (now, effects) = core.clone().step(claimed);
+            assert_eq!(effects, [Effect::Evict(claim.clone())], "{history:?}");
+            assert_eq!(now, core, "{history:?}");
+        }
+    }
 }
 
 // ---- the property, in a world of hosts, crashes and lost messages
@@ -327,12 +394,18 @@ enum Move {
     Delay,
     /// A delayed start arrives.
     Arrive,
+    /// A delayed write of the record arrives.
+    ArriveRecord,
+    /// The watch tells of the newest version.
+    See,
     /// The placer finds room.
     Room(usize),
     Report(usize),
     /// The process is killed and begins again; nothing in flight survives but
-    /// what was delayed on its way to a host.
+    /// what was delayed on its way.
     Crash,
+    /// A host claims to run an attempt that is not on record there.
+    Claim(usize, u32),
     /// Host `usize` restarts: its sandbox is stopped.
     Reboot(usize),
     Fill(usize),
@@ -349,6 +422,9 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
         2 => Just(Move::Lose),
         2 => Just(Move::Delay),
         2 => Just(Move::Arrive),
+        2 => Just(Move::ArriveRecord),
+        2 => Just(Move::See),
+        2 => (host.clone(), 1..6u32).prop_map(|(i, attempt)| Move::Claim(i, attempt)),
         6 => host.clone().prop_map(Move::Room),
         8 => host.clone().prop_map(Move::Report),
         1 => Just(Move::Crash),
@@ -366,9 +442,16 @@ struct World {
     agents: [Agent; HOSTS],
     core: Lifecycle,
     queue: Vec<Effect>,
-    /// Starts that will arrive at their host some time.
+    /// Starts that will arrive at their host some time, from any process.
     delayed: Vec<Place>,
-    heard: BTreeSet<usize>,
+    /// The object's record, and its version.
+    record: (Option<Place>, u32),
+    /// The version that this process has read.
+    read: u32,
+    /// Every place that a start was sent to, by any process.
+    asked: BTreeSet<Place>,
+    /// Writes of the record that will arrive some time, and the versions they are for.
+    delayed_records: Vec<(Place, u32)>,
     /// What was reported to this process, by host.
     reported: BTreeMap<usize, u32>,
     /// What the API server wants.
@@ -387,13 +470,15 @@ impl World {
             core: Lifecycle::new(Intent::Run),
             queue: vec![],
             delayed: vec![],
-            heard: BTreeSet::new(),
+            record: (None, 0),
+            read: 0,
+            asked: BTreeSet::new(),
+            delayed_records: vec![],
             reported: BTreeMap::new(),
             intent: Intent::Run,
             object_exists: true,
         };
-        // The first process has seen the pod being made.
-        world.step(Event::Settled);
+        world.step(Event::OnRecord(None));
         world
     }
 
@@ -405,6 +490,11 @@ impl World {
             // As the driver does: work of a stage that has passed is dropped.
             self.queue.retain(|e| matches!(e, Effect::Evict(_)));
         }
+        for effect in &effects {
+            if let Effect::Start { place, .. } = effect {
+                self.asked.insert(place.clone());
+            }
+        }
         self.queue.extend(effects);
         self.check();
     }
@@ -412,18 +502,27 @@ impl World {
     fn check(&self) {
         let running = self.agents.iter().filter(|a| a.runs()).count();
         assert!(running <= 1, "two attempts run: {self:#?}");
-        if !self.object_exists && *self.core.stage() == Stage::Over && self.delayed.is_empty() {
-            let known = self.heard.len() == HOSTS;
-            assert!(
-                !known || running == 0 || !self.queue.is_empty(),
-                "left behind: {self:#?}"
-            );
+        if let Room::Held(place) = self.core.room()
+            && Some(place) != self.record.0.as_ref()
+        {
+            // What an identity is granted by. Only a write that a dead process never
+            // heard of, and so never acted on, may have come in between.
+            let unused = self.record.0.as_ref().is_some_and(|on| !self.asked.contains(on));
+            assert!(unused, "not on record: {self:#?}");
         }
     }
 
     fn deliver(&mut self, effect: &Effect) -> Vec<Event> {
         match effect {
-            Effect::Prepare => vec![Event::Prepared],
+            Effect::Prepare(place) => {
+                if self.write(place, self.read) {
+                    vec![Event::Prepared]
+                } else {
+                    // As the driver does: the newer version is read, and the write repeated.
+                    self.queue.push(effect.clone());
+                    self.read()
+                }
+            }
             Effect::Start { place, .. } => match self.agents[index(&place.host)].start(place.attempt.get()) {
                 Ok(()) => vec![Event::Accepted],
                 Err(reason) => vec![Event::Refused(reason)],
@@ -460,6 +559,21 @@ impl World {
         }
     }
 
+    /// The API server takes a write that is for the version it has.
+    fn write(&mut self, place: &Place, version: u32) -> bool {
+        let taken = self.record.1 == version;
+        if taken {
+            self.record = (Some(place.clone()), version + 1);
+            self.read = self.record.1;
+        }
+        taken
+    }
+
+    fn read(&mut self) -> Vec<Event> {
+        self.read = self.record.1;
+        vec![Event::OnRecord(self.record.0.clone())]
+    }
+
     fn report(&mut self, i: usize) {
         match self.agents[i].sandbox {
             Some((attempt, state)) => {
@@ -473,9 +587,14 @@ impl World {
                 }
             }
         }
-        self.heard.insert(i);
-        if self.heard.len() == HOSTS {
-            self.step(Event::Settled);
+        // As the driver does: what is not in all that a host has told is not there.
+        let expected = match self.core.stage().clone() {
+            Stage::Recorded { place } | Stage::Placed { place } | Stage::Stopping { place, .. } => place,
+            _ => return,
+        };
+        let has = self.agents[i].sandbox.map(|(attempt, _)| attempt);
+        if index(&expected.host) == i && has != Some(expected.attempt.get()) {
+            self.step(Event::Missing(expected));
         }
     }
 
@@ -488,7 +607,17 @@ impl World {
                 }
             }
             Move::DoUnanswered | Move::Lose | Move::Delay => {
-                // Only starts are not simply repeated by the driver.
+                if let Some(Effect::Prepare(place)) = self.queue.first().cloned() {
+                    // The writer never learns; it repeats, or dies.
+                    match step {
+                        Move::DoUnanswered if self.record.1 == self.read => {
+                            self.record = (Some(place), self.read + 1);
+                        }
+                        Move::Delay => self.delayed_records.push((place, self.read)),
+                        _ => {}
+                    }
+                }
+                // Of calls to hosts, only starts are not simply repeated by the driver.
                 if let Some(Effect::Start { place, .. }) = self.queue.first().cloned() {
                     let effect = self.queue.remove(0);
                     match step {
@@ -504,20 +633,25 @@ impl World {
                 let _late = self.agents[index(&place.host)].start(place.attempt.get()).is_ok();
                 self.check();
             }
+            Move::ArriveRecord if !self.delayed_records.is_empty() => {
+                let (place, version) = self.delayed_records.remove(0);
+                if self.record.1 == version {
+                    self.record = (Some(place), version + 1);
+                }
+            }
+            Move::See if self.object_exists => {
+                for event in self.read() {
+                    self.step(event);
+                }
+            }
             Move::Room(i) => {
-                if self.core.room() == Room::Wanted {
+                if matches!(self.core.stage(), Stage::Claiming { .. }) {
                     self.step(Event::Claimed(host(i)));
                 }
             }
             Move::Report(i) => self.report(i),
             Move::Crash => {
-                // What a dead process had sent reaches its host before the next
-                // one has asked that host what it runs.
-                for place in std::mem::take(&mut self.delayed) {
-                    let _late = self.agents[index(&place.host)].start(place.attempt.get()).is_ok();
-                }
                 self.queue.clear();
-                self.heard.clear();
                 self.reported.clear();
                 self.core = Lifecycle::new(Intent::Run);
                 let intent = if self.object_exists {
@@ -526,6 +660,18 @@ impl World {
                     Intent::Reap
                 };
                 self.step(Event::Intended(intent));
+                if self.object_exists {
+                    for event in self.read() {
+                        self.step(event);
+                    }
+                }
+            }
+            Move::Claim(i, attempt) => {
+                let place = place(i, attempt);
+                if self.record.0.as_ref() != Some(&place) {
+                    let state = SandboxState::Running;
+                    self.step(Event::Seen { place, state });
+                }
             }
             Move::Reboot(i) => {
                 if let Some((_, state)) = &mut self.agents[i].sandbox {
@@ -550,7 +696,7 @@ impl World {
                     self.step(Event::Intended(Intent::Finish));
                 }
             }
-            Move::Do | Move::Arrive => {}
+            Move::Do | Move::Arrive | Move::ArriveRecord | Move::See => {}
         }
     }
 
@@ -563,9 +709,13 @@ impl World {
             while !self.delayed.is_empty() {
                 self.play(Move::Arrive);
             }
+            while !self.delayed_records.is_empty() {
+                self.play(Move::ArriveRecord);
+            }
             for _ in 0..4 {
                 self.play(Move::Do);
             }
+            self.play(Move::See);
             self.play(Move::Room(round % HOSTS));
             for i in 0..HOSTS {
                 self.report(i);

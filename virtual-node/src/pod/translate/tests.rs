@@ -78,7 +78,6 @@ fn resolved() -> Resolved {
                 port: 5432,
             }],
         }],
-        namespace_mode: None,
     }
 }
 
@@ -87,7 +86,7 @@ fn translated(spec: Value) -> Result<Translated, Untranslatable> {
         pod: "u-1".parse().unwrap(),
         attempt: Attempt::FIRST,
     };
-    translate(&pod(spec), key, &resolved(), &facts())
+    translate(&pod(spec), key, MeshMode::Enrolled, &resolved(), &facts())
 }
 
 fn spec(spec: Value) -> SandboxSpec {

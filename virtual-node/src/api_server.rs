@@ -1,0 +1,19 @@
+//! Single requests to the API server: each has an end. A watch has none, and is not
+//! made here.
+
+use std::time::Duration;
+
+use kube::Error;
+
+/// Longer than the API server takes for anything that a node asks of it. A request
+/// that is lost with its connection would be waited for until TCP gives up.
+const TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The answer, or [`Error::Service`] if there is none. Whether a write that was not
+/// answered took effect is not known.
+pub(crate) async fn answered<T>(request: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    match tokio::time::timeout(TIMEOUT, request).await {
+        Ok(answer) => answer,
+        Err(elapsed) => Err(Error::Service(elapsed.into())),
+    }
+}
