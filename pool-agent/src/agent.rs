@@ -29,7 +29,7 @@ use crate::{
     cni::{self, Desk, ListenError},
     config::Config,
     cri::{CriError, Runtime, events},
-    host::{AdoptError, Host},
+    host::Host,
     housekeeping,
     layout::Layout,
     ledger::{Ledger, LedgerError},
@@ -64,8 +64,8 @@ pub enum AgentError {
     Network(#[from] NetworkError),
     #[error("asking the container runtime for its version")]
     Runtime(#[source] CriError),
-    #[error("taking over what is on the host")]
-    Adopt(#[source] Box<AdoptError>),
+    #[error("asking the container runtime what is on the host")]
+    Adopt(#[source] CriError),
     #[error(transparent)]
     Cni(#[from] ListenError),
     #[error("listening on {address}")]
@@ -140,7 +140,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         Admission::new(config.capacity),
     )
     .await
-    .map_err(|source| AgentError::Adopt(Box::new(source)))?;
+    .map_err(AgentError::Adopt)?;
     tokio::spawn(cni::serve(cni, desk));
     tokio::spawn(events::watch(
         runtime,

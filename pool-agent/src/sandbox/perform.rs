@@ -29,6 +29,7 @@ use super::{
 };
 use crate::{
     attachment::{Mesh, reported},
+    causes::described,
     cgroup::{Cgroups, PodLimits},
     cni::{Add, Desk, Joined},
     cri::{
@@ -186,9 +187,9 @@ impl Hands {
             .router
             .plug(self.key(), self.address, netns)
             .await
-            .map_err(|e| chain(&e))?;
-        let attachment = self.attach(&device).await.map_err(|e| chain(&e))?;
-        self.router.raise(&device).await.map_err(|e| chain(&e))?;
+            .map_err(|e| described(&e))?;
+        let attachment = self.attach(&device).await.map_err(|e| described(&e))?;
+        self.router.raise(&device).await.map_err(|e| described(&e))?;
         self.shop.mesh.time(&attachment, handed_over);
         Ok(Joined {
             address: device.address,
@@ -230,12 +231,12 @@ impl Hands {
             .router
             .adopt(self.key(), self.address)
             .await
-            .map_err(|e| chain(&e))?;
+            .map_err(|e| described(&e))?;
         let Some(device) = device else {
             return Ok(false);
         };
-        self.attach(&device).await.map_err(|e| chain(&e))?;
-        self.router.raise(&device).await.map_err(|e| chain(&e))?;
+        self.attach(&device).await.map_err(|e| described(&e))?;
+        self.router.raise(&device).await.map_err(|e| described(&e))?;
         Ok(true)
     }
 
@@ -274,7 +275,7 @@ impl Hands {
                 .router
                 .unplug(self.key())
                 .await
-                .map_err(|e| Trouble::new("FailedKillPod", chain(&e))),
+                .map_err(|e| Trouble::new("FailedKillPod", described(&e))),
             Teardown::Volumes => {
                 let dirs = self.dirs.clone();
                 blocking(move || volumes::release(&dirs))
