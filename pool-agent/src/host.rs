@@ -491,6 +491,11 @@ impl Host {
             state.residents.get(&spec.key).map(|r| r.commands.clone())
         };
         tokio::spawn(driver::run(lifecycle, hands, ends.commands, mesh, outlet).instrument(span.clone()));
+        let limited = volumes::limited(spec, &self.inner.shop.layout.sandbox(&spec.key));
+        if let (false, Some(commands)) = (limited.is_empty(), &commands) {
+            let watch = eviction::watch(limited, progress.clone(), commands.clone());
+            tokio::spawn(watch.instrument(span.clone()));
+        }
         tokio::spawn(
             async move {
                 if let Some(older) = older {
