@@ -7,6 +7,7 @@
 
 use std::{io, sync::Arc, time::Duration};
 
+use arc_swap::ArcSwap;
 use hyper_util::rt::TokioIo;
 use pool_agent_api::{Peer, PeerId, Tenant};
 use rustls::{
@@ -29,13 +30,19 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const PING_INTERVAL: Duration = Duration::from_secs(30);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The host's own credentials in the pool.
+/// The host's own credentials in the pool. They may be replaced at any time:
+/// each connection is made with the newest.
 #[derive(Debug)]
 pub struct PoolTls {
+    current: ArcSwap<Credentials>,
+    trust_domain: String,
+}
+
+#[derive(Debug)]
+struct Credentials {
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
     roots: Vec<CertificateDer<'static>>,
-    trust_domain: String,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -58,6 +65,39 @@ impl PoolTls {
         ca: &[u8],
         trust_domain: impl Into<String>,
     ) -> Result<Self, InvalidPoolTls> {
+        Ok(Self {
+            current: ArcSwap::from_pointee(Credentials::from_pem(certificate, key, ca)?),
+            trust_domain: trust_domain.into(),
+        })
+    }
+
+    /// For connections that are made from now on. What does not read changes nothing.
+    pub fn replace(&self, certificate: &[u8], key: &[u8], ca: &[u8]) -> Result<(), InvalidPoolTls> {
+        self.current
+            .store(Arc::new(Credentials::from_pem(certificate, key, ca)?));
+        Ok(())
+    }
+
+    /// What a connection to that peer is made with now.
+    fn client_config(&self, peer: &PeerId) -> Result<ClientConfig, OpenControlError> {
+        let current = self.current.load();
+        let verifier = Verifier::new(&current.roots, Expected::Uri(peer.to_string()))
+            .map_err(OpenControlError::Roots)?;
+        let mut config = ClientConfig::builder_with_provider(crate::identity::crypto::provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .map_err(OpenControlError::Credentials)?
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(verifier))
+            .with_client_auth_cert(current.chain.clone(), current.key.clone_key())
+            .map_err(OpenControlError::Credentials)?;
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        config.enable_sni = false;
+        Ok(config)
+    }
+}
+
+impl Credentials {
+    fn from_pem(certificate: &[u8], key: &[u8], ca: &[u8]) -> Result<Self, InvalidPoolTls> {
         let chain = CertificateDer::pem_slice_iter(certificate)
             .collect::<Result<Vec<_>, _>>()
             .map_err(InvalidPoolTls::Certificate)?;
@@ -70,7 +110,6 @@ impl PoolTls {
             roots: CertificateDer::pem_slice_iter(ca)
                 .collect::<Result<Vec<_>, _>>()
                 .map_err(InvalidPoolTls::Ca)?,
-            trust_domain: trust_domain.into(),
         })
     }
 }
@@ -90,23 +129,14 @@ pub enum OpenControlError {
 }
 
 /// A channel that dials when it is first used, and again after a break.
-pub(crate) fn connect(tenant: &Tenant, tls: &PoolTls) -> Result<Channel, OpenControlError> {
+pub(crate) fn connect(tenant: &Tenant, tls: &Arc<PoolTls>) -> Result<Channel, OpenControlError> {
     let virtual_node = PeerId {
         trust_domain: tls.trust_domain.clone(),
         peer: Peer::VirtualNode(tenant.id.clone()),
     };
-    let verifier = Verifier::new(&tls.roots, Expected::Uri(virtual_node.to_string()))
-        .map_err(OpenControlError::Roots)?;
-    let mut config = ClientConfig::builder_with_provider(crate::identity::crypto::provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(OpenControlError::Credentials)?
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(verifier))
-        .with_client_auth_cert(tls.chain.clone(), tls.key.clone_key())
-        .map_err(OpenControlError::Credentials)?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    config.enable_sni = false;
-    let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
+    // Credentials that cannot be used are told here, not at the first call.
+    tls.client_config(&virtual_node)?;
+    let dialled = Arc::new((tls.clone(), virtual_node));
 
     let address: Arc<str> = tenant.mesh_control.address.as_str().into();
     // The scheme is for tonic's eyes; the TLS is made by the connector below.
@@ -116,11 +146,14 @@ pub(crate) fn connect(tenant: &Tenant, tls: &PoolTls) -> Result<Channel, OpenCon
             source,
         })?;
     let connect = tower::service_fn(move |_: http::Uri| {
-        let (address, connector) = (address.clone(), connector.clone());
+        let (address, dialled) = (address.clone(), dialled.clone());
         async move {
+            let (tls, virtual_node) = &*dialled;
+            let config = tls.client_config(virtual_node).map_err(io::Error::other)?;
             let tcp = TcpStream::connect(&*address).await?;
             tcp.set_nodelay(true)?;
             let name = ServerName::try_from("virtual-node").map_err(io::Error::other)?;
+            let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
             let stream = connector.connect(name, tcp).await?;
             Ok::<_, io::Error>(TokioIo::new(stream))
         }
@@ -131,4 +164,131 @@ pub(crate) fn connect(tenant: &Tenant, tls: &PoolTls) -> Result<Channel, OpenCon
         .keep_alive_timeout(PING_TIMEOUT)
         .keep_alive_while_idle(true)
         .connect_with_connector_lazy(connect))
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_api::istio::certificate::{
+        IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient,
+    };
+    use pool_agent_api::tenant::MeshControl;
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
+    use rustls::{RootCertStore, ServerConfig, server::WebPkiClientVerifier};
+    use tokio::net::TcpListener;
+
+    use super::*;
+    use crate::identity::tls::provider;
+
+    struct Authority(Issuer<'static, KeyPair>, String);
+
+    impl Authority {
+        fn new() -> Self {
+            let key = KeyPair::generate().unwrap();
+            let mut params = CertificateParams::default();
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            let pem = params.self_signed(&key).unwrap().pem();
+            Self(Issuer::new(params, key), pem)
+        }
+
+        fn issue(&self, uri: &str) -> (String, String) {
+            let key = KeyPair::generate().unwrap();
+            let mut params = CertificateParams::default();
+            params.subject_alt_names = vec![SanType::URI(uri.try_into().unwrap())];
+            (
+                params.signed_by(&key, &self.0).unwrap().pem(),
+                key.serialize_pem(),
+            )
+        }
+    }
+
+    fn tenant(address: std::net::SocketAddr) -> Tenant {
+        Tenant {
+            id: "demo".parse().unwrap(),
+            pod_range: "10.77.1.0/24".parse().unwrap(),
+            cluster_pod_range: "10.77.0.0/16".parse().unwrap(),
+            cluster_domain: "cluster.local".into(),
+            dns_address: "10.96.0.10".parse().unwrap(),
+            upstream_nameservers: vec![],
+            mesh_control: MeshControl {
+                address: address.to_string(),
+                trust_domain: "cluster.local".into(),
+                cluster_id: "Kubernetes".into(),
+                network: String::new(),
+            },
+        }
+    }
+
+    /// Takes connections of this pool, tells whose certificate each showed, and
+    /// closes them.
+    async fn control_plane(pool: &Authority) -> (std::net::SocketAddr, tokio::sync::mpsc::Receiver<Vec<u8>>) {
+        let mut roots = RootCertStore::empty();
+        roots
+            .add(CertificateDer::from_pem_slice(pool.1.as_bytes()).unwrap())
+            .unwrap();
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider())
+            .build()
+            .unwrap();
+        let (certificate, key) = pool.issue("spiffe://pool/tenant/demo/virtual-node");
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_client_cert_verifier(verifier)
+            .with_single_cert(
+                vec![CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap()],
+                PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap(),
+            )
+            .unwrap();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (shown, seen) = tokio::sync::mpsc::channel(8);
+        tokio::spawn(async move {
+            loop {
+                let (tcp, _) = listener.accept().await.unwrap();
+                if let Ok(stream) = acceptor.accept(tcp).await {
+                    let leaf = stream.get_ref().1.peer_certificates().unwrap()[0].to_vec();
+                    shown.send(leaf).await.unwrap();
+                }
+            }
+        });
+        (address, seen)
+    }
+
+    #[tokio::test]
+    async fn a_new_connection_shows_the_newest_certificate() {
+        let pool = Authority::new();
+        let (address, mut seen) = control_plane(&pool).await;
+        let (first, first_key) = pool.issue("spiffe://pool/host/host-a");
+        let (second, second_key) = pool.issue("spiffe://pool/host/host-a");
+        let ca = pool.1.as_bytes();
+        let tls = PoolTls::from_pem(first.as_bytes(), first_key.as_bytes(), ca, "pool").unwrap();
+        let tls = Arc::new(tls);
+        let channel = connect(&tenant(address), &tls).unwrap();
+        let dial = async || {
+            let mut client = IstioCertificateServiceClient::new(channel.clone());
+            // Fails, as the far end hangs up; that it dials is what matters.
+            client
+                .create_certificate(IstioCertificateRequest::default())
+                .await
+                .ok();
+        };
+        let shown = |pem: &str| CertificateDer::from_pem_slice(pem.as_bytes()).unwrap().to_vec();
+        dial().await;
+        assert_eq!(seen.recv().await.unwrap(), shown(&first));
+        tls.replace(second.as_bytes(), second_key.as_bytes(), ca).unwrap();
+        assert!(tls.replace(b"nothing", second_key.as_bytes(), ca).is_err());
+        let newest = async {
+            // One dial may have been under way.
+            loop {
+                dial().await;
+                if seen.recv().await.unwrap() == shown(&second) {
+                    break;
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), newest)
+            .await
+            .unwrap();
+    }
 }

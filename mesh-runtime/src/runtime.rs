@@ -32,7 +32,7 @@ pub use self::tenant::OpenTenantError;
 use self::{drive::Drain, metrics::RuntimeMetrics, tenant::OpenTenant};
 use crate::{
     attachment::AttachmentState,
-    control::PoolTls,
+    control::{InvalidPoolTls, PoolTls},
     pod::PodRecord,
     redirect::{Device, RouterError},
     telemetry::Metrics,
@@ -151,6 +151,12 @@ impl MeshRuntime {
             tenants: Default::default(),
             attached: Default::default(),
         }
+    }
+
+    /// Connections to tenants' control planes show these credentials from now on;
+    /// those that stand are left alone.
+    pub fn replace_pool_tls(&self, certificate: &[u8], key: &[u8], ca: &[u8]) -> Result<(), InvalidPoolTls> {
+        self.pool_tls.replace(certificate, key, ca)
     }
 
     /// Opens the tenant in its router, a network namespace whose device towards

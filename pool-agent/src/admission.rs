@@ -16,7 +16,7 @@
 mod addresses;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, VecDeque},
     net::Ipv4Addr,
     sync::Arc,
 };
@@ -26,6 +26,7 @@ use pool_agent_api::{
     Attempt, PodUid, Refusal, RefusalReason, Resources, SandboxKey, SandboxSpec, TenantId,
     spec::{Files, SandboxParts, VolumeSource},
 };
+use sha2::{Digest as _, Sha256};
 
 pub use addresses::{Addresses, router_address};
 
@@ -76,35 +77,45 @@ pub struct Admission {
     fences: Fences,
 }
 
-/// The newest ended attempt of each pod, oldest entries forgotten first.
+/// The newest ended attempt of each pod, oldest entries forgotten first. By a digest
+/// of the pod's UID: there are many of them, for a long time.
 #[derive(Debug, Default)]
 struct Fences {
-    by_pod: HashMap<PodUid, (Attempt, u64)>,
-    by_age: BTreeMap<u64, PodUid>,
+    by_pod: HashMap<Digest, (Attempt, u64)>,
+    /// In the order in which they were raised; one that was raised again since is
+    /// in here twice.
+    raised: VecDeque<(u64, Digest)>,
     next: u64,
+}
+
+type Digest = [u8; 16];
+
+fn digest(pod: &PodUid) -> Digest {
+    let whole = Sha256::digest(pod.as_str().as_bytes());
+    std::array::from_fn(|i| whole[i])
 }
 
 impl Fences {
     fn raise(&mut self, key: &SandboxKey) {
-        let attempt = match self.by_pod.get(&key.pod) {
-            Some((attempt, age)) => {
-                self.by_age.remove(age);
-                (*attempt).max(key.attempt)
-            }
+        let pod = digest(&key.pod);
+        let attempt = match self.by_pod.get(&pod) {
+            Some((known, _)) => key.attempt.max(*known),
             None => key.attempt,
         };
-        self.by_pod.insert(key.pod.clone(), (attempt, self.next));
-        self.by_age.insert(self.next, key.pod.clone());
+        self.by_pod.insert(pod, (attempt, self.next));
+        self.raised.push_back((self.next, pod));
         self.next += 1;
-        if self.by_pod.len() > FENCES
-            && let Some((_, pod)) = self.by_age.pop_first()
+        while self.raised.len() > FENCES
+            && let Some((age, pod)) = self.raised.pop_front()
         {
-            self.by_pod.remove(&pod);
+            if self.by_pod.get(&pod).is_some_and(|(_, newest)| *newest == age) {
+                self.by_pod.remove(&pod);
+            }
         }
     }
 
     fn of(&self, pod: &PodUid) -> Option<Attempt> {
-        self.by_pod.get(pod).map(|(attempt, _)| *attempt)
+        self.by_pod.get(&digest(pod)).map(|(attempt, _)| *attempt)
     }
 }
 

@@ -14,7 +14,10 @@ use mesh_runtime::{
 };
 use pool_agent_api::{Resources, wire::pool_agent_server::PoolAgentServer};
 use prometheus_client::registry::Registry;
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, watch},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
@@ -26,7 +29,7 @@ use crate::{
     cni::{self, Desk, ListenError},
     config::Config,
     cri::{CriError, Runtime, events},
-    host::{AdoptError, Host},
+    host::Host,
     housekeeping,
     layout::Layout,
     ledger::{Ledger, LedgerError},
@@ -61,8 +64,8 @@ pub enum AgentError {
     Network(#[from] NetworkError),
     #[error("asking the container runtime for its version")]
     Runtime(#[source] CriError),
-    #[error("taking over what is on the host")]
-    Adopt(#[source] Box<AdoptError>),
+    #[error("asking the container runtime what is on the host")]
+    Adopt(#[source] CriError),
     #[error(transparent)]
     Cni(#[from] ListenError),
     #[error("listening on {address}")]
@@ -83,11 +86,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     }
     private(&config.run_dir)?;
     private(&config.state_dir)?;
-    let pem = tls::Pem::read(&config.tls)?;
+    let credentials = tls::Credentials::load(&config.tls)?;
     let pool_tls = PoolTls::from_pem(
-        &pem.certificate,
-        &pem.key,
-        &pem.ca,
+        &credentials.pem.certificate,
+        &credentials.pem.key,
+        &credentials.pem.ca,
         config.tls.trust_domain.clone(),
     )?;
     let (ledger, contents) = Ledger::open(&layout.ledger())?;
@@ -137,7 +140,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         Admission::new(config.capacity),
     )
     .await
-    .map_err(|source| AgentError::Adopt(Box::new(source)))?;
+    .map_err(AgentError::Adopt)?;
     tokio::spawn(cni::serve(cni, desk));
     tokio::spawn(events::watch(
         runtime,
@@ -148,7 +151,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     tokio::spawn(housekeeping::rotate_logs(host.clone()));
     tokio::spawn(housekeeping::collect_images(host.clone()));
     tokio::spawn(metrics::serve(metrics_listener, registry, host.clone()));
-    let callers = tls::accept(listener, config.tls.clone(), pem)?;
+    let credentials = tls::follow(config.tls.clone(), credentials);
+    tokio::spawn(renew_towards_control_planes(host.clone(), credentials.clone()));
+    let callers = tls::accept(listener, config.tls.trust_domain.clone(), credentials);
     let service = PoolAgentServer::new(Service::new(host.clone(), facts(runtime_version)))
         .max_decoding_message_size(MAX_MESSAGE);
     tracing::info!(
@@ -174,6 +179,15 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     }
     tracing::info!("the agent ends; containers and redirection stay");
     Ok(())
+}
+
+async fn renew_towards_control_planes(host: Host, mut credentials: watch::Receiver<Arc<tls::Credentials>>) {
+    while credentials.changed().await.is_ok() {
+        let current = credentials.borrow_and_update().clone();
+        if let Err(error) = host.shop().mesh.renew(&current.pem) {
+            tracing::warn!(error = %error, "tenants' control planes are shown the old certificate");
+        }
+    }
 }
 
 /// Only root looks into the agent's directories.

@@ -8,13 +8,17 @@ use std::{
 
 use mesh_runtime::{
     attachment::AttachmentState,
+    control::InvalidPoolTls,
     pod::{Mode, PodRecord},
     runtime::{AttachError, Attachment, CloseTenantError, MeshRuntime, OpenTenantError, PodAttachment},
 };
 use pool_agent_api::{SandboxKey, SandboxSpec, Tenant, TenantId, spec::MeshMode, status::MeshState};
 use prometheus_client::{metrics::histogram::Histogram, registry::Registry};
 
-use crate::network::{PodDevice, ROUTER_UPLINK, Router};
+use crate::{
+    network::{PodDevice, ROUTER_UPLINK, Router},
+    service::tls::Pem,
+};
 
 /// How long a pod's connections may go on once its processes are dead: what is
 /// left is what the proxy still has to deliver to others.
@@ -38,6 +42,11 @@ impl Mesh {
             runtime,
             attach_seconds,
         }
+    }
+
+    /// New connections to tenants' control planes show these from now on.
+    pub fn renew(&self, pem: &Pem) -> Result<(), InvalidPoolTls> {
+        self.runtime.replace_pool_tls(&pem.certificate, &pem.key, &pem.ca)
     }
 
     /// Notes, once the attachment serves, how long that took.

@@ -5,12 +5,21 @@
 use std::{
     io,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use pool_agent_api::{SandboxKey, SandboxSpec};
 
 use crate::cri::config::{Qos, cpu_quota, cpu_shares};
 
+/// How often, and how many times, a cgroup is looked at whose processes were killed:
+/// a second in all. The kernel may still be busy with what is dead already.
+const EMPTYING_POLL: Duration = Duration::from_millis(20);
+const EMPTYING_POLLS: usize = 50;
 const ROOT: &str = "/sys/fs/cgroup";
 /// Below the root of each hierarchy.
 const PARENT: &str = "spindrift";
@@ -137,10 +146,20 @@ impl Cgroups {
         Ok(())
     }
 
-    /// Removes the pod's cgroup with what the runtime left below it.
+    /// Removes the pod's cgroup with what the runtime left below it, processes
+    /// included: of a start that was cut off, containerd may forget a `runc init`.
     pub fn remove(&self, parent: &str) -> io::Result<()> {
         for hierarchy in &self.hierarchies {
-            remove_tree(&hierarchy.join(parent.trim_start_matches('/')))?;
+            let directory = hierarchy.join(parent.trim_start_matches('/'));
+            let mut polls = 0..EMPTYING_POLLS;
+            loop {
+                match remove_tree(&directory) {
+                    Err(error) if error.kind() == io::ErrorKind::ResourceBusy && polls.next().is_some() => {}
+                    result => break result?,
+                }
+                kill_all(&directory)?;
+                std::thread::sleep(EMPTYING_POLL);
+            }
         }
         Ok(())
     }
@@ -173,6 +192,31 @@ fn write(directory: &Path, file: &str, value: &str) -> io::Result<()> {
     let path = directory.join(file);
     if path.exists() {
         std::fs::write(path, value)?;
+    }
+    Ok(())
+}
+
+/// Kills every process in the tree, also where the kernel cannot do it in one step
+/// (version 1).
+fn kill_all(directory: &Path) -> io::Result<()> {
+    for entry in std::fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            kill_all(&entry.path())?;
+        }
+    }
+    let members = std::fs::read_to_string(directory.join("cgroup.procs"))?;
+    // 0 stands for one outside of our own process namespace.
+    for pid in members
+        .lines()
+        .filter_map(|line| line.parse().ok())
+        .filter(|&pid| pid > 0)
+    {
+        tracing::warn!(pid, cgroup = %directory.display(), "killing a process the runtime forgot");
+        match kill(Pid::from_raw(pid), Signal::SIGKILL) {
+            Ok(()) | Err(nix::Error::ESRCH) => {}
+            Err(error) => return Err(error.into()),
+        }
     }
     Ok(())
 }

@@ -37,7 +37,7 @@ const CONNECTIONS: usize = 128;
 /// A sandbox is asked for by one ADD; a runtime that repeats it waits.
 const REQUESTS: usize = 2;
 
-/// Versions of the specification whose results we write.
+/// Versions of the specification whose results we write; the shim tells them.
 const VERSIONS: [&str; 2] = ["1.0.0", "1.1.0"];
 
 /// Error codes of the specification, and one of our own (from 100 up).
@@ -312,8 +312,9 @@ async fn perform(request: Request, desk: &Desk) -> Result<Value, Refusal> {
             let ifname = request.ifname;
             check(&request.netns, &ifname)
         }
-        "STATUS" | "GC" => Ok(Value::Null),
-        "VERSION" => Ok(json!({"cniVersion": VERSIONS[0], "supportedVersions": VERSIONS})),
+        // Who asks has reached us. There is nothing that only the plugin would know to
+        // collect: a sandbox's driver, or the sweep at the start, takes all of it away.
+        "STATUS" | "GC" => written().map(|()| Value::Null),
         other => Err(Refusal::new(
             code::INVALID_ENVIRONMENT,
             format!("CNI_COMMAND {other:?} is unknown"),

@@ -8,6 +8,7 @@ pub mod events;
 
 use std::{collections::HashMap, future::Future, path::Path, time::Duration};
 
+use backon::{ConstantBuilder, Retryable};
 use jiff::Timestamp;
 use pool_agent_api::{ContainerName, SandboxKey, status::Terminated};
 use tonic::{
@@ -39,6 +40,11 @@ const QUICK: Duration = Duration::from_secs(30);
 const SLOW: Duration = Duration::from_secs(120);
 /// A pull of a large image over a slow line.
 const PULL: Duration = Duration::from_secs(1800);
+/// How often, and how many times, what an earlier try left in the runtime's hands
+/// is looked at again: ten seconds in all. containerd may take half of that to give
+/// up a start whose caller has died.
+pub const LEFTOVER_POLL: Duration = Duration::from_millis(100);
+pub const LEFTOVER_POLLS: usize = 100;
 /// Lists of everything on a full host; the default of 4 MiB is too small.
 const MAX_MESSAGE: usize = 32 << 20;
 
@@ -62,8 +68,15 @@ impl CriError {
         matches!(self, Self::Answer { code, .. } if *code == tonic::Code::NotFound)
     }
 
-    fn name_is_taken(&self) -> bool {
+    /// Of a sandbox or a container that an earlier try made, or is still making: a
+    /// call goes on in the runtime for a moment when its caller has died.
+    pub fn name_is_taken(&self) -> bool {
         matches!(self, Self::Answer { message, .. } if message.contains("failed to reserve"))
+    }
+
+    /// It is just being started, and can be removed only when that is over.
+    fn is_starting(&self) -> bool {
+        matches!(self, Self::Answer { message, .. } if message.contains("starting state"))
     }
 }
 
@@ -250,8 +263,7 @@ impl Runtime {
                     let same = wanted
                         .is_some_and(|w| w.name == known.container.as_str() && w.attempt == known.restart);
                     if same {
-                        self.stop_container(&known.id, Duration::ZERO).await?;
-                        self.remove_container(&known.id).await?;
+                        self.clear_away(&known.id).await?;
                     }
                 }
                 create().await?
@@ -259,6 +271,18 @@ impl Runtime {
             answer => answer?,
         };
         Ok(ContainerId(answer.container_id))
+    }
+
+    /// Kills and removes a container whatever it is doing.
+    async fn clear_away(&self, id: &ContainerId) -> Result<(), CriError> {
+        let clear = || async {
+            self.stop_container(id, Duration::ZERO).await?;
+            self.remove_container(id).await
+        };
+        let patience = ConstantBuilder::new()
+            .with_delay(LEFTOVER_POLL)
+            .with_max_times(LEFTOVER_POLLS);
+        clear.retry(patience).when(CriError::is_starting).await
     }
 
     pub async fn start_container(&self, id: &ContainerId) -> Result<(), CriError> {

@@ -42,11 +42,12 @@ use crate::{
         clock::after,
         driver::{self, Command, INBOX, Outlet, Progress, addressing},
         event::{ContainerId, Event, SandboxId, Trouble},
+        eviction,
         perform::{Hands, Workshop},
     },
+    volumes,
 };
 
-pub use adopt::AdoptError;
 pub use spec_file::{SpecFileError, read_spec, update_spec, write_spec};
 
 #[derive(Debug, thiserror::Error)]
@@ -115,6 +116,19 @@ struct State {
 struct OpenTenant {
     settings: Tenant,
     router: Router,
+}
+
+impl OpenTenant {
+    /// SPIFFE id; None for a pod outside the mesh.
+    fn identity_of(&self, spec: &SandboxSpec) -> Option<String> {
+        match spec.mesh {
+            MeshMode::Enrolled => Some(format!(
+                "spiffe://{}/ns/{}/sa/{}",
+                self.settings.mesh_control.trust_domain, spec.namespace, spec.service_account
+            )),
+            MeshMode::Unmeshed => None,
+        }
+    }
 }
 
 /// A sandbox with its driver.
@@ -271,6 +285,7 @@ impl Host {
             node_name: slimmed.node_name.clone(),
             claim: slimmed.claim,
             address,
+            identity: tenant.identity_of(&slimmed),
             accepted_at,
             stop_by: None,
         };
@@ -453,13 +468,7 @@ impl Host {
         ends: Ends,
         older: Option<Resident>,
     ) {
-        let identity = match spec.mesh {
-            MeshMode::Enrolled => Some(format!(
-                "spiffe://{}/ns/{}/sa/{}",
-                tenant.settings.mesh_control.trust_domain, spec.namespace, spec.service_account
-            )),
-            MeshMode::Unmeshed => None,
-        };
+        let identity = tenant.identity_of(spec);
         let host_ip: IpAddr = self.inner.shop.address;
         let outlet = Outlet {
             board: self.inner.board.clone(),
@@ -482,6 +491,11 @@ impl Host {
             state.residents.get(&spec.key).map(|r| r.commands.clone())
         };
         tokio::spawn(driver::run(lifecycle, hands, ends.commands, mesh, outlet).instrument(span.clone()));
+        let limited = volumes::limited(spec, &self.inner.shop.layout.sandbox(&spec.key));
+        if let (false, Some(commands)) = (limited.is_empty(), &commands) {
+            let watch = eviction::watch(limited, progress.clone(), commands.clone());
+            tokio::spawn(watch.instrument(span.clone()));
+        }
         tokio::spawn(
             async move {
                 if let Some(older) = older {

@@ -65,6 +65,9 @@ pub struct Entry {
     pub node_name: String,
     pub claim: Resources,
     pub address: Ipv4Addr,
+    /// SPIFFE id; None for a pod outside the mesh. Kept here so that no damaged or
+    /// replaced spec can take an enrolled pod out of the mesh.
+    pub identity: Option<String>,
     pub accepted_at: Timestamp,
     /// The earliest time by which it was asked to have stopped.
     pub stop_by: Option<Timestamp>,
@@ -302,6 +305,8 @@ enum Stored {
         ephemeral_storage_bytes: u64,
         sandboxes: u32,
         address: Ipv4Addr,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        identity: Option<String>,
         #[serde(with = "as_text")]
         accepted_at: Timestamp,
     },
@@ -362,6 +367,7 @@ impl From<&Record> for Stored {
                 ephemeral_storage_bytes: entry.claim.ephemeral_storage_bytes,
                 sandboxes: entry.claim.sandboxes,
                 address: entry.address,
+                identity: entry.identity.clone(),
                 accepted_at: entry.accepted_at,
             },
             Record::Stopping(key, by) => Self::Stopping {
@@ -432,6 +438,7 @@ impl Contents {
                 ephemeral_storage_bytes,
                 sandboxes,
                 address,
+                identity,
                 accepted_at,
             } => {
                 let key = key(uid, attempt)?;
@@ -452,6 +459,7 @@ impl Contents {
                             sandboxes,
                         },
                         address,
+                        identity,
                         accepted_at,
                         stop_by: None,
                     },

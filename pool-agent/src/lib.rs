@@ -25,6 +25,7 @@ pub mod admission;
 pub mod agent;
 pub mod attachment;
 pub mod board;
+mod causes;
 pub mod cgroup;
 pub mod cni;
 pub mod config;

@@ -6,6 +6,7 @@
 //! not by an address that a pod could forge.
 
 mod dial;
+mod resolve;
 mod verdict;
 
 use std::{net::IpAddr, time::Duration};

@@ -12,6 +12,7 @@ pub mod clock;
 mod container;
 pub mod driver;
 pub mod event;
+pub mod eviction;
 pub mod lifecycle;
 pub mod perform;
 pub mod status;

@@ -22,7 +22,10 @@ use pool_agent_api::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use crate::host::{Host, SandboxError, StartError, TenantError};
+use crate::{
+    causes::described,
+    host::{Host, SandboxError, StartError, TenantError},
+};
 
 /// A spec with its ConfigMaps and Secrets, each at most 1 MiB.
 pub const MAX_MESSAGE: usize = 32 << 20;
@@ -70,17 +73,6 @@ fn own(caller: &TenantId, named: &TenantId) -> Result<(), Status> {
             "your certificate is of tenant {caller}, not {named}"
         )))
     }
-}
-
-/// An error with its causes, for a caller that cannot see our log.
-fn described(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
 }
 
 impl From<SandboxError> for Status {

@@ -11,6 +11,7 @@
 
 mod files;
 mod mounts;
+pub mod usage;
 
 use std::{
     fs,
@@ -111,6 +112,19 @@ fn prepare_one(volume: &Volume, security: &PodSecurity, dirs: &SandboxDirs) -> R
             files::replace(&path, files, security.fs_group)
         }
     }
+}
+
+/// The emptyDirs on disk that have a limit (0 is none), with what it is. Those in
+/// memory are held to theirs by the kernel.
+pub fn limited(spec: &SandboxSpec, dirs: &SandboxDirs) -> Vec<(VolumeName, PathBuf, u64)> {
+    let limit = |volume: &Volume| match &volume.source {
+        VolumeSource::EmptyDir(empty) if !empty.memory => empty.size_limit_bytes.filter(|&limit| limit > 0),
+        _ => None,
+    };
+    spec.volumes
+        .iter()
+        .filter_map(|volume| Some((volume.name.clone(), place(volume, dirs), limit(volume)?)))
+        .collect()
 }
 
 /// The directory that is a volume.

@@ -177,6 +177,13 @@ impl TryFrom<wire::SandboxSpec> for SandboxSpec {
     type Error = Invalid;
 
     fn try_from(spec: wire::SandboxSpec) -> Result<Self, Invalid> {
+        // Whose it is comes first: whoever reads a refusal of another field can tell
+        // which sandbox is meant.
+        let key = SandboxKey::from_wire(spec.key.clone())?;
+        let tenant = TenantId::parse("tenant", spec.tenant.as_str())?;
+        let namespace = Namespace::parse("namespace", spec.namespace.as_str())?;
+        let name = PodName::parse("name", spec.name.as_str())?;
+        let service_account = ServiceAccountName::parse("service_account", spec.service_account.as_str())?;
         let mesh = match spec.mesh() {
             wire::MeshMode::Enrolled => MeshMode::Enrolled,
             wire::MeshMode::None => MeshMode::Unmeshed,
@@ -189,12 +196,12 @@ impl TryFrom<wire::SandboxSpec> for SandboxSpec {
             wire::RestartPolicy::Unspecified => return Err(Invalid::missing("restart_policy")),
         };
         Self::new(SandboxParts {
-            key: SandboxKey::from_wire(spec.key)?,
-            tenant: TenantId::parse("tenant", spec.tenant)?,
+            key,
+            tenant,
             node_name: spec.node_name,
-            namespace: Namespace::parse("namespace", spec.namespace)?,
-            name: PodName::parse("name", spec.name)?,
-            service_account: ServiceAccountName::parse("service_account", spec.service_account)?,
+            namespace,
+            name,
+            service_account,
             labels: sorted(spec.labels),
             annotations: sorted(spec.annotations),
             mesh,

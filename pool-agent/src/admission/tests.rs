@@ -179,6 +179,27 @@ fn a_range_is_the_tenants_alone_and_does_not_change_under_pods() {
     ));
 }
 
+#[test]
+fn the_newest_fences_are_kept_and_one_that_is_raised_again_is_new() {
+    let key = |pod: usize, attempt| SandboxKey {
+        pod: format!("p{pod}").parse().unwrap(),
+        attempt: Attempt::parse("", attempt).unwrap(),
+    };
+    let mut fences = Fences::default();
+    for pod in 0..FENCES {
+        fences.raise(&key(pod, 3));
+    }
+    // An older attempt lowers nothing.
+    fences.raise(&key(0, 2));
+    fences.raise(&key(FENCES, 1));
+    let of = |pod| fences.of(&key(pod, 1).pod).map(Attempt::get);
+    assert_eq!(
+        [of(0), of(1), of(2), of(FENCES)],
+        [Some(3), None, Some(3), Some(1)]
+    );
+    assert!(fences.by_pod.len() <= FENCES && fences.raised.len() <= FENCES);
+}
+
 #[derive(Debug, Clone)]
 enum Turn {
     Admit(usize, u32, u64),

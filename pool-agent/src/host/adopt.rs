@@ -1,5 +1,11 @@
 //! Taking over what an earlier agent left: the ledger says what was admitted, the
 //! run directory what it was to be, the runtime what there is.
+//!
+//! What always holds:
+//! - what cannot be taken over (its spec is lost, or its tenant cannot be opened) is
+//!   stopped and reported as lost, with the reason; it keeps nothing else from
+//!   being taken over;
+//! - a pod that was admitted to the mesh is never taken over as one outside it.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -7,9 +13,11 @@ use std::{
     time::Duration,
 };
 
+use backon::{ConstantBuilder, Retryable};
 use futures::StreamExt;
 use pool_agent_api::{
     SandboxKey, SandboxSpec, SandboxStatus, TenantId,
+    spec::MeshMode,
     status::{ContainerState, ContainerStatus, MeshState, SandboxState},
     wire,
 };
@@ -17,15 +25,16 @@ use prost::Message;
 use tokio::sync::watch;
 use tracing::Instrument;
 
-use super::{Ends, Host, Inner, Resident, State, TenantError, read_spec, resident};
+use super::{Ends, Host, Inner, Resident, State, read_spec, resident};
 use crate::{
-    admission::{Admission, TenantRefusal, slim},
+    admission::{Admission, slim},
     board::Board,
+    causes::described,
     cgroup::Cgroups,
     cri::{CriError, KnownContainer, KnownSandbox, Labels, ReportedState},
     layout::{Layout, SandboxDirs},
     ledger::{Contents, Entry, Ledger},
-    network::{Network, NetworkError},
+    network::Network,
     sandbox::{
         Lifecycle,
         driver::{Command, Progress},
@@ -41,20 +50,16 @@ const AT_A_TIME: usize = 16;
 /// How soon something that must work in the end is tried again.
 const AGAIN: Duration = Duration::from_secs(2);
 
-#[derive(Debug, thiserror::Error)]
-pub enum AdoptError {
-    #[error("asking the runtime what there is")]
-    Runtime(#[source] CriError),
-    #[error("opening tenant {tenant}, which the ledger holds")]
-    Tenant {
-        tenant: TenantId,
-        #[source]
-        source: TenantError,
-    },
-    #[error("the tenants that the ledger holds do not fit together")]
-    Ranges(#[source] TenantRefusal),
-    #[error("sweeping the network")]
-    Network(#[source] NetworkError),
+/// How often a tenant that cannot be opened is tried again before its pods are lost.
+const OPEN_AGAIN: usize = 2;
+
+/// Why a recorded sandbox cannot go on.
+#[derive(Debug, Clone, thiserror::Error)]
+enum Lost {
+    #[error("The host lost the sandbox, as in a restart; the pod needs another")]
+    Spec,
+    #[error("The host could not open the pod's tenant again ({0}); the pod needs another")]
+    Tenant(String),
 }
 
 /// What the runtime has of one key.
@@ -67,6 +72,7 @@ struct There {
 /// A recorded sandbox on its way to a driver.
 struct Heir {
     entry: Entry,
+    /// None: it is lost.
     spec: Option<Arc<SandboxSpec>>,
     there: There,
     ends: Ends,
@@ -83,13 +89,14 @@ impl Host {
         contents: Contents,
         network: Network,
         mut admission: Admission,
-    ) -> Result<Self, AdoptError> {
-        let handlers = shop.runtime.handlers().await.map_err(AdoptError::Runtime)?;
-        let mut there = everything(&shop).await.map_err(AdoptError::Runtime)?;
+    ) -> Result<Self, CriError> {
+        let handlers = shop.runtime.handlers().await?;
+        let mut there = everything(&shop).await?;
+        let mut unopened: HashMap<TenantId, String> = HashMap::new();
         for tenant in contents.tenants.values() {
-            admission
-                .set_tenant(&tenant.id, tenant.pod_range)
-                .map_err(AdoptError::Ranges)?;
+            if let Err(refusal) = admission.set_tenant(&tenant.id, tenant.pod_range) {
+                unopened.insert(tenant.id.clone(), refusal.to_string());
+            }
         }
         for (tenant, last) in &contents.last_address {
             admission.resume_addresses_after(tenant, *last);
@@ -114,15 +121,29 @@ impl Host {
         };
         let keep: Vec<SandboxKey> = contents.admitted.keys().cloned().collect();
         for tenant in contents.tenants.values() {
-            let opened = host
-                .open_tenant(tenant)
-                .await
-                .map_err(|source| AdoptError::Tenant {
-                    tenant: tenant.id.clone(),
-                    source,
-                })?;
-            opened.router.sweep(&keep).await.map_err(AdoptError::Network)?;
-            host.state().tenants.insert(tenant.id.clone(), opened);
+            if unopened.contains_key(&tenant.id) {
+                continue;
+            }
+            // Its pods would be lost for something that passes.
+            let patience = ConstantBuilder::new()
+                .with_delay(AGAIN)
+                .with_max_times(OPEN_AGAIN);
+            let open = || host.open_tenant(tenant);
+            match open.retry(patience).await {
+                Ok(opened) => {
+                    if let Err(error) = opened.router.sweep(&keep).await {
+                        tracing::warn!(tenant = %tenant.id, error = described(&error), "devices of ended sandboxes stay");
+                    }
+                    host.state().tenants.insert(tenant.id.clone(), opened);
+                }
+                Err(error) => {
+                    unopened.insert(tenant.id.clone(), described(&error));
+                }
+            }
+        }
+        for (tenant, error) in &unopened {
+            // Its virtual node configures it again when it connects, which tells it more.
+            tracing::error!(tenant = %tenant, error, "a tenant of the ledger cannot be opened: its pods are lost");
         }
         host.sweep(&contents.admitted, &mut there).await;
 
@@ -137,7 +158,7 @@ impl Host {
             })
             .collect();
         futures::stream::iter(heirs)
-            .for_each_concurrent(AT_A_TIME, |heir| host.take_over(heir))
+            .for_each_concurrent(AT_A_TIME, |heir| host.take_over(heir, &unopened))
             .await;
         Ok(host)
     }
@@ -174,11 +195,14 @@ impl Host {
     /// Puts a recorded sandbox back among the residents.
     fn readmit(&self, entry: Entry, there: There) -> Heir {
         let dirs = self.inner.shop.layout.sandbox(&entry.key);
-        let spec = match read_spec(&dirs) {
+        let spec = match read_spec(&dirs)
+            .map_err(|e| e.to_string())
+            .and_then(|s| as_admitted(s, &entry))
+        {
             Ok(spec) => Some(Arc::new(slim(spec))),
             Err(error) => {
                 tracing::warn!(
-                    pod.uid = %entry.key.pod, attempt = %entry.key.attempt, error = %error,
+                    pod.uid = %entry.key.pod, attempt = %entry.key.attempt, error,
                     "a sandbox's spec is lost: it can only end"
                 );
                 None
@@ -212,10 +236,14 @@ impl Host {
         }
     }
 
-    async fn take_over(&self, heir: Heir) {
+    async fn take_over(&self, heir: Heir, unopened: &HashMap<TenantId, String>) {
         let tenant = self.state().tenants.get(&heir.entry.tenant).cloned();
         let (Some(spec), Some(tenant)) = (heir.spec, tenant) else {
-            self.spawn_remains(heir.entry, heir.there, heir.ends);
+            let lost = match unopened.get(&heir.entry.tenant) {
+                Some(error) => Lost::Tenant(error.clone()),
+                None => Lost::Spec,
+            };
+            self.spawn_remains(heir.entry, heir.there, heir.ends, lost);
             return;
         };
         let (hands, mesh) = self.hands(&spec, heir.entry.address, &tenant);
@@ -307,9 +335,8 @@ impl Host {
         }
     }
 
-    /// A sandbox whose spec is gone with the host's memory: all that is left is to
-    /// say so, and to clear up.
-    fn spawn_remains(&self, entry: Entry, there: There, ends: Ends) {
+    /// A sandbox that cannot go on: all that is left is to say so, and to clear up.
+    fn spawn_remains(&self, entry: Entry, there: There, ends: Ends, lost: Lost) {
         let this = self.clone();
         let span = tracing::info_span!("remains", pod.uid = %entry.key.pod, attempt = %entry.key.attempt,
             pod.namespace = %entry.namespace, pod.name = %entry.name, tenant = %entry.tenant);
@@ -322,7 +349,11 @@ impl Host {
             async move { host.see_off(key, tenant, progress, ended).await }.instrument(span.clone()),
         );
         tokio::spawn(
-            async move { this.bury_remains(entry, there, commands, progress_sender).await }.instrument(span),
+            async move {
+                this.bury_remains(entry, there, lost, commands, progress_sender)
+                    .await;
+            }
+            .instrument(span),
         );
     }
 
@@ -330,6 +361,7 @@ impl Host {
         &self,
         entry: Entry,
         there: There,
+        lost: Lost,
         mut commands: tokio::sync::mpsc::Receiver<Command>,
         progress: watch::Sender<Progress>,
     ) {
@@ -352,7 +384,7 @@ impl Host {
         let before = read_status(&dirs);
         self.inner
             .board
-            .publish(&entry.tenant, lost_status(&entry, before, shop.address));
+            .publish(&entry.tenant, lost_status(&entry, &lost, before, shop.address));
         progress.send_modify(|p| p.stopped = true);
         loop {
             match commands.recv().await {
@@ -433,6 +465,20 @@ fn remove_files(dirs: &SandboxDirs, cgroups: &Cgroups, key: &SandboxKey) {
     }
 }
 
+/// The spec, if it says no less than what was admitted: one that left out the mesh
+/// would let an enrolled pod's packets pass.
+fn as_admitted(spec: SandboxSpec, entry: &Entry) -> Result<SandboxSpec, String> {
+    if spec.key != entry.key || spec.tenant != entry.tenant {
+        return Err(format!("it is of sandbox {} of tenant {}", spec.key, spec.tenant));
+    }
+    if spec.mesh == MeshMode::Unmeshed
+        && let Some(identity) = &entry.identity
+    {
+        return Err(format!("it leaves out the mesh, but {identity} was admitted"));
+    }
+    Ok(spec)
+}
+
 /// The last status that was published, if it can be read.
 fn read_status(dirs: &SandboxDirs) -> Option<SandboxStatus> {
     let bytes = std::fs::read(dirs.status()).ok()?;
@@ -449,7 +495,12 @@ fn last_status<'a>(status: &'a SandboxStatus, spec: &SandboxSpec, slot: Slot) ->
         .find(|s| s.name == *name)
 }
 
-fn lost_status(entry: &Entry, before: Option<SandboxStatus>, host_ip: std::net::IpAddr) -> SandboxStatus {
+fn lost_status(
+    entry: &Entry,
+    lost: &Lost,
+    before: Option<SandboxStatus>,
+    host_ip: std::net::IpAddr,
+) -> SandboxStatus {
     let mut status = before.unwrap_or_else(|| SandboxStatus {
         key: entry.key.clone(),
         namespace: entry.namespace.clone(),
@@ -469,8 +520,9 @@ fn lost_status(entry: &Entry, before: Option<SandboxStatus>, host_ip: std::net::
     });
     status.state = SandboxState::Stopped;
     status.mesh = MeshState::Detached;
+    status.identity = entry.identity.clone().or(status.identity);
     status.reason = "SandboxLost".into();
-    status.message = "The host lost the sandbox, as in a restart; the pod needs another".into();
+    status.message = lost.to_string();
     for container in status.init_containers.iter_mut().chain(&mut status.containers) {
         if let ContainerState::Running { started_at } = container.state {
             container.state = ContainerState::Terminated(pool_agent_api::status::Terminated {
@@ -487,4 +539,60 @@ fn lost_status(entry: &Entry, before: Option<SandboxStatus>, host_ip: std::net::
         container.started = false;
     }
     status
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sandbox::lifecycle::tests_support::spec;
+
+    fn admitted(identity: Option<&str>) -> Entry {
+        let spec = spec("a", |_| {});
+        Entry {
+            key: spec.key.clone(),
+            tenant: spec.tenant.clone(),
+            namespace: spec.namespace.clone(),
+            name: spec.name.clone(),
+            node_name: spec.node_name.clone(),
+            claim: spec.claim,
+            address: [10, 0, 0, 2].into(),
+            identity: identity.map(Into::into),
+            accepted_at: jiff::Timestamp::UNIX_EPOCH,
+            stop_by: None,
+        }
+    }
+
+    #[test]
+    fn a_spec_that_leaves_out_the_mesh_of_an_enrolled_pod_is_not_believed() {
+        const IDENTITY: &str = "spiffe://cluster.local/ns/shop/sa/web";
+        for (recorded, mesh, fits) in [
+            (Some(IDENTITY), MeshMode::Enrolled, true),
+            (Some(IDENTITY), MeshMode::Unmeshed, false),
+            (None, MeshMode::Unmeshed, true),
+            // More than was asked for does no harm.
+            (None, MeshMode::Enrolled, true),
+        ] {
+            let found = spec("a", |parts| parts.mesh = mesh);
+            let taken = as_admitted(found, &admitted(recorded));
+            assert_eq!(taken.is_ok(), fits, "{recorded:?} {mesh:?}");
+        }
+        assert!(
+            as_admitted(spec("b", |_| {}), &admitted(None)).is_err(),
+            "of another sandbox"
+        );
+    }
+
+    #[test]
+    fn a_lost_sandbox_keeps_its_identity_and_tells_why() {
+        let entry = admitted(Some("spiffe://x/ns/a/sa/b"));
+        let lost = Lost::Tenant("the kernel said no".into());
+        let status = lost_status(&entry, &lost, None, [192, 0, 2, 1].into());
+        assert_eq!(status.identity, entry.identity);
+        assert_eq!(status.state, SandboxState::Stopped);
+        assert!(
+            status.message.contains("the kernel said no"),
+            "{}",
+            status.message
+        );
+    }
 }

@@ -17,6 +17,7 @@ fn entry(pod: &str, attempt: u32, address: &str) -> Entry {
             sandboxes: 1,
         },
         address: address.parse().unwrap(),
+        identity: Some("spiffe://cluster.local/ns/shop/sa/web".into()),
         accepted_at: Timestamp::from_second(1_700_000_000).unwrap(),
         stop_by: None,
     }

@@ -20,7 +20,7 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio::net::{TcpSocket, TcpStream};
 
-use super::shown;
+use super::{resolve, shown};
 
 /// As a kubelet: what is read of an answer's body.
 const MAX_BODY: usize = 10 << 10;
@@ -40,9 +40,7 @@ pub(super) async fn tcp(
 ) -> Result<TcpStream, String> {
     let ip = match host {
         None => pod,
-        Some(host) => host
-            .parse()
-            .map_err(|_| format!("host {host:?} is not an IP address"))?,
+        Some(host) => resolve::address(host).await?,
     };
     let address = SocketAddr::new(ip, port);
     let socket = netns

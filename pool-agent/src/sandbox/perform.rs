@@ -29,10 +29,11 @@ use super::{
 };
 use crate::{
     attachment::{Mesh, reported},
+    causes::described,
     cgroup::{Cgroups, PodLimits},
     cni::{Add, Desk, Joined},
     cri::{
-        CriError, ImageInfo, ImageUser, Labels, ReportedState, Runtime,
+        CriError, ImageInfo, ImageUser, LEFTOVER_POLL, LEFTOVER_POLLS, Labels, ReportedState, Runtime,
         config::{self, HostMount, Placement, Qos},
         wire,
     },
@@ -147,15 +148,35 @@ impl Hands {
         .await?
         .map_err(|e| Trouble::new(REASON, format_args!("making the pod's cgroup: {e}")))?;
 
+        let mut tries = 0..LEFTOVER_POLLS;
+        loop {
+            let error = match self.run_once(config.clone()).await {
+                Ok(id) => return Ok(id),
+                Err(error) => error,
+            };
+            // Its name may be held by what an earlier try left behind, or by a try of
+            // an agent that has died, which the runtime is giving up.
+            if let Err(error) = self.remove_sandboxes().await {
+                tracing::debug!(error = %error, "what a failed start left could not be removed");
+            }
+            if !error.name_is_taken() || tries.next().is_none() {
+                return Err(Trouble::new(REASON, error));
+            }
+            tokio::time::sleep(LEFTOVER_POLL).await;
+        }
+    }
+
+    /// Asks for the sandbox, and joins it to its network when containerd asks back.
+    async fn run_once(&self, config: wire::PodSandboxConfig) -> Result<SandboxId, CriError> {
         let mut expectation = self.shop.desk.expect(&self.key().pod);
         let running = self
             .shop
             .runtime
             .run_sandbox(config, self.spec.runtime_handler.as_deref());
         let mut running = std::pin::pin!(running);
-        let result = loop {
+        loop {
             tokio::select! {
-                result = &mut running => break result,
+                result = &mut running => return result,
                 Some(add) = expectation.next() => {
                     let Add { netns, answer, .. } = add;
                     let joined = self.join(&netns).await;
@@ -163,16 +184,6 @@ impl Hands {
                         tracing::warn!("the runtime did not wait for the pod's network");
                     }
                 }
-            }
-        };
-        match result {
-            Ok(id) => Ok(id),
-            Err(error) => {
-                // Its name may be held by what an earlier try left behind.
-                if let Err(error) = self.remove_sandboxes().await {
-                    tracing::debug!(error = %error, "what a failed start left could not be removed");
-                }
-                Err(Trouble::new(REASON, error))
             }
         }
     }
@@ -186,9 +197,9 @@ impl Hands {
             .router
             .plug(self.key(), self.address, netns)
             .await
-            .map_err(|e| chain(&e))?;
-        let attachment = self.attach(&device).await.map_err(|e| chain(&e))?;
-        self.router.raise(&device).await.map_err(|e| chain(&e))?;
+            .map_err(|e| described(&e))?;
+        let attachment = self.attach(&device).await.map_err(|e| described(&e))?;
+        self.router.raise(&device).await.map_err(|e| described(&e))?;
         self.shop.mesh.time(&attachment, handed_over);
         Ok(Joined {
             address: device.address,
@@ -230,12 +241,12 @@ impl Hands {
             .router
             .adopt(self.key(), self.address)
             .await
-            .map_err(|e| chain(&e))?;
+            .map_err(|e| described(&e))?;
         let Some(device) = device else {
             return Ok(false);
         };
-        self.attach(&device).await.map_err(|e| chain(&e))?;
-        self.router.raise(&device).await.map_err(|e| chain(&e))?;
+        self.attach(&device).await.map_err(|e| described(&e))?;
+        self.router.raise(&device).await.map_err(|e| described(&e))?;
         Ok(true)
     }
 
@@ -274,7 +285,7 @@ impl Hands {
                 .router
                 .unplug(self.key())
                 .await
-                .map_err(|e| Trouble::new("FailedKillPod", chain(&e))),
+                .map_err(|e| Trouble::new("FailedKillPod", described(&e))),
             Teardown::Volumes => {
                 let dirs = self.dirs.clone();
                 blocking(move || volumes::release(&dirs))
@@ -292,7 +303,6 @@ impl Hands {
         let cgroups = self.shop.cgroups.clone();
         let parent = Cgroups::parent(self.key(), Qos::of(&self.spec));
         blocking(move || {
-            // Its processes are dead, but the kernel may still be busy with them.
             cgroups
                 .remove(&parent)
                 .map_err(|e| Trouble::new("FailedKillPod", format_args!("removing the pod's cgroup: {e}")))?;
@@ -596,7 +606,17 @@ impl Perform for Hands {
                 vec![Event::ContainerRemoved]
             }
             Effect::TearDown(what) => vec![Event::TornDown(what, self.tear_down(what).await)],
-            Effect::Remove => vec![Event::Removed(self.remove().await)],
+            Effect::Remove => {
+                let result = self.remove().await;
+                if let Err(trouble) = &result {
+                    // Nobody else is told: it has ended as far as its tenant is concerned.
+                    tracing::warn!(
+                        error = trouble.message,
+                        "what is left of a sandbox cannot be removed yet"
+                    );
+                }
+                vec![Event::Removed(result)]
+            }
             Effect::Announce(_) => vec![],
         }
     }
@@ -680,17 +700,6 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|e| Trouble::new("InternalError", format_args!("the work broke off: {e}")))
-}
-
-/// An error with all its causes on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(&format!(": {error}"));
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

@@ -3,12 +3,12 @@
 //! and addresses prove nothing here.
 //!
 //! What always holds: a handshake has [`PATIENCE`], and at most [`HANDSHAKES`] are
-//! under way; files that change are taken up for new connections, and files that
-//! cannot be used leave the old ones in use.
+//! under way; files that change ([`files`]) are taken up for new connections.
+
+mod files;
 
 use std::{
     io,
-    path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
@@ -16,12 +16,7 @@ use std::{
 };
 
 use pool_agent_api::{Peer, PeerId, TenantId};
-use rustls::{
-    RootCertStore, ServerConfig,
-    crypto::aws_lc_rs,
-    pki_types::{CertificateDer, PrivateKeyDer, pem, pem::PemObject},
-    server::WebPkiClientVerifier,
-};
+use rustls::pki_types::CertificateDer;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -33,46 +28,13 @@ use tonic::transport::server::Connected;
 use x509_parser::{extensions::GeneralName, prelude::FromDer};
 
 use super::Caller;
-use crate::config::TlsFiles;
+pub use files::{Credentials, Pem, TlsError, follow};
 
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Callers are a few virtual nodes; strangers wait for each other.
 const HANDSHAKES: usize = 64;
 /// Connections that wait to be served.
 const ACCEPTED: usize = 16;
-/// How often the files are looked at.
-const LOOK: Duration = Duration::from_secs(30);
-
-#[derive(Debug, thiserror::Error)]
-pub enum TlsError {
-    #[error("reading {path}")]
-    Read {
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
-    #[error("parsing {path}")]
-    Parse {
-        path: PathBuf,
-        #[source]
-        source: pem::Error,
-    },
-    #[error("{path} holds no certificate that can be a root")]
-    Root { path: PathBuf },
-    #[error("{certificate} and {key} are no pair that TLS can use")]
-    Pair {
-        certificate: PathBuf,
-        key: PathBuf,
-        #[source]
-        source: rustls::Error,
-    },
-    #[error("callers cannot be verified with {path}")]
-    Verifier {
-        path: PathBuf,
-        #[source]
-        source: rustls::server::VerifierBuilderError,
-    },
-}
 
 /// Why a caller with a certificate of the pool was turned away.
 #[derive(Debug, thiserror::Error)]
@@ -93,84 +55,13 @@ enum Stranger {
     Role(PeerId),
 }
 
-/// PEM files as they were read.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Pem {
-    pub certificate: Vec<u8>,
-    pub key: Vec<u8>,
-    pub ca: Vec<u8>,
-}
-
-impl Pem {
-    pub fn read(files: &TlsFiles) -> Result<Self, TlsError> {
-        let read = |path: &Path| {
-            std::fs::read(path).map_err(|source| TlsError::Read {
-                path: path.to_owned(),
-                source,
-            })
-        };
-        Ok(Self {
-            certificate: read(&files.certificate)?,
-            key: read(&files.key)?,
-            ca: read(&files.ca)?,
-        })
-    }
-}
-
-fn server_config(files: &TlsFiles, pem: &Pem) -> Result<Arc<ServerConfig>, TlsError> {
-    let certificates = |bytes: &[u8], path: &Path| {
-        CertificateDer::pem_slice_iter(bytes)
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(|source| TlsError::Parse {
-                path: path.to_owned(),
-                source,
-            })
-    };
-    let chain = certificates(&pem.certificate, &files.certificate)?;
-    let key = PrivateKeyDer::from_pem_slice(&pem.key).map_err(|source| TlsError::Parse {
-        path: files.key.clone(),
-        source,
-    })?;
-    let mut roots = RootCertStore::empty();
-    let (added, _) = roots.add_parsable_certificates(certificates(&pem.ca, &files.ca)?);
-    if added == 0 {
-        return Err(TlsError::Root {
-            path: files.ca.clone(),
-        });
-    }
-    let provider = Arc::new(aws_lc_rs::default_provider());
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
-        .build()
-        .map_err(|source| TlsError::Verifier {
-            path: files.ca.clone(),
-            source,
-        })?;
-    let pair = |source| TlsError::Pair {
-        certificate: files.certificate.clone(),
-        key: files.key.clone(),
-        source,
-    };
-    let mut config = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(pair)?
-        .with_client_cert_verifier(verifier)
-        .with_single_cert(chain, key)
-        .map_err(pair)?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
-    Ok(Arc::new(config))
-}
-
 /// Accepts callers until the agent ends; each comes with the tenant it is.
 pub fn accept(
     listener: TcpListener,
-    files: TlsFiles,
-    pem: Pem,
-) -> Result<ReceiverStream<io::Result<Connection>>, TlsError> {
-    let config = watch::Sender::new(server_config(&files, &pem)?);
-    let current = config.subscribe();
+    trust_domain: String,
+    credentials: watch::Receiver<Arc<Credentials>>,
+) -> ReceiverStream<io::Result<Connection>> {
     let (accepted, stream) = mpsc::channel(ACCEPTED);
-    let trust_domain = files.trust_domain.clone();
-    tokio::spawn(follow_files(files, pem, config));
     tokio::spawn(async move {
         let room = Arc::new(Semaphore::new(HANDSHAKES));
         loop {
@@ -185,7 +76,7 @@ pub fn accept(
                     continue;
                 }
             };
-            let acceptor = TlsAcceptor::from(current.borrow().clone());
+            let acceptor = TlsAcceptor::from(credentials.borrow().server.clone());
             let (accepted, trust_domain) = (accepted.clone(), trust_domain.clone());
             tokio::spawn(async move {
                 match shake_hands(acceptor, stream, &trust_domain).await {
@@ -203,31 +94,7 @@ pub fn accept(
             });
         }
     });
-    Ok(ReceiverStream::new(stream))
-}
-
-async fn follow_files(files: TlsFiles, mut known: Pem, config: watch::Sender<Arc<ServerConfig>>) {
-    loop {
-        tokio::select! {
-            () = tokio::time::sleep(LOOK) => {}
-            () = config.closed() => return,
-        }
-        let read = Pem::read(&files);
-        match read {
-            Ok(pem) if pem == known => {}
-            Ok(pem) => {
-                match server_config(&files, &pem) {
-                    Ok(new) => {
-                        tracing::info!("the host's certificate in the pool was replaced");
-                        config.send_replace(new);
-                    }
-                    Err(error) => tracing::warn!(error = %error, "the host's new certificate cannot be used"),
-                }
-                known = pem;
-            }
-            Err(error) => tracing::warn!(error = %error, "the host's certificate cannot be read"),
-        }
-    }
+    ReceiverStream::new(stream)
 }
 
 async fn shake_hands(

@@ -11,7 +11,7 @@ use http::StatusCode;
 use kube::ResourceExt;
 use mesh_api::{HBONE_PORT, Identity};
 use pool_agent_api::wire::{
-    GetHostRequest, LogsRequest, SandboxKey, SandboxSpec, StartSandboxRequest, StopSandboxRequest,
+    self, GetHostRequest, LogsRequest, SandboxKey, SandboxSpec, StartSandboxRequest, StopSandboxRequest,
     WatchRequest, pool_agent_client::PoolAgentClient, watch_event::Event,
 };
 use serde_json::json;
@@ -278,33 +278,94 @@ async fn an_agent_refuses_messages_that_are_none_and_goes_on(scope: &Scope) -> a
     host_answers(scope).await
 }
 
-async fn an_agent_refuses_a_spec_and_names_the_field(scope: &Scope) -> anyhow::Result<()> {
-    let mut agent = agent(scope, "host-a", &own_tenant(scope.lab())?).await?;
-    for (spec, field) in [
-        (None, "spec"),
-        (Some(SandboxSpec::default()), "key"),
-        (
-            Some(SandboxSpec {
-                key: Some(SandboxKey {
-                    pod_uid: "../../etc".into(),
-                    attempt: 1,
-                }),
-                ..SandboxSpec::default()
+/// A spec that an agent would take.
+fn valid_spec(tenant: &str) -> SandboxSpec {
+    SandboxSpec {
+        key: Some(SandboxKey {
+            pod_uid: "0fb4bd4c-9a4e-44f9-8d6c-0a4ee1b63a4f".into(),
+            attempt: 1,
+        }),
+        tenant: tenant.into(),
+        namespace: "default".into(),
+        name: "web".into(),
+        service_account: "default".into(),
+        mesh: wire::MeshMode::Enrolled.into(),
+        restart_policy: wire::RestartPolicy::Never.into(),
+        network: Some(wire::PodNetwork {
+            hostname: "web".into(),
+            ..Default::default()
+        }),
+        security: Some(wire::PodSecurity::default()),
+        claim: Some(wire::Resources {
+            sandboxes: 1,
+            ..Default::default()
+        }),
+        containers: vec![wire::Container {
+            name: "main".into(),
+            image: "spindrift.local/busybox:1".into(),
+            pull_policy: wire::PullPolicy::Never.into(),
+            security: Some(wire::ContainerSecurity {
+                seccomp: wire::SeccompProfile::RuntimeDefault.into(),
+                ..Default::default()
             }),
-            "pod_uid",
-        ),
-    ] {
+            termination_message_path: "/dev/termination-log".into(),
+            ..Default::default()
+        }],
+        ..SandboxSpec::default()
+    }
+}
+
+async fn an_agent_refuses_a_spec_and_names_the_field(scope: &Scope) -> anyhow::Result<()> {
+    let lab = scope.lab();
+    let mut agent = agent(scope, "host-a", &own_tenant(lab)?).await?;
+    let valid = valid_spec(lab.layout().instance().as_str());
+    // But for the one field, each would be taken.
+    pool_agent_api::SandboxSpec::try_from(valid.clone())?;
+    type Edit = fn(&mut SandboxSpec);
+    let edits: [(&str, Edit); 9] = [
+        ("spec.key: ", |s| s.key = None),
+        ("spec.key.pod_uid: ", |s| {
+            s.key.as_mut().unwrap().pod_uid = "../../etc".into()
+        }),
+        ("spec.key.attempt: ", |s| s.key.as_mut().unwrap().attempt = 0),
+        ("spec.tenant: ", |s| s.tenant.clear()),
+        ("spec.namespace: ", |s| s.namespace = "a/b".into()),
+        ("spec.mesh: ", |s| s.mesh = 0),
+        ("spec.network.hostname: ", |s| {
+            s.network.as_mut().unwrap().hostname = "a\nnameserver 6.6.6.6".into();
+        }),
+        ("spec.containers[0].image: ", |s| s.containers[0].image.clear()),
+        ("spec.containers: ", |s| s.containers.clear()),
+    ];
+    let mut refused = vec![(None, "spec: ")];
+    for (field, edit) in edits {
+        let mut spec = valid.clone();
+        edit(&mut spec);
+        refused.push((Some(spec), field));
+    }
+    // Of several mistakes, whose sandbox it is comes first.
+    refused.push((Some(SandboxSpec::default()), "spec.key: "));
+    for (spec, field) in refused {
         let refusal = agent
             .start_sandbox(StartSandboxRequest { spec })
             .await
             .err()
-            .context("it was taken")?;
+            .with_context(|| format!("it was taken in spite of {field}"))?;
         ensure!(refusal.code() == Code::InvalidArgument, "{refusal:?}");
         ensure!(
-            refusal.message().contains(field),
+            refusal.message().starts_with(field),
             "{field} is not named: {refusal:?}"
         );
     }
+    let of_another = StartSandboxRequest {
+        spec: Some(valid_spec("somebody-else")),
+    };
+    let refusal = agent
+        .start_sandbox(of_another)
+        .await
+        .err()
+        .context("it was taken")?;
+    ensure!(refusal.code() == Code::PermissionDenied, "{refusal:?}");
     Ok(())
 }
 

@@ -180,6 +180,9 @@ fn a_refusal_from_the_wire_names_the_nested_field() {
         edit(&mut spec);
         assert_eq!(SandboxSpec::try_from(spec).unwrap_err().field, field);
     }
+    // Of several mistakes, whose sandbox it is comes first.
+    let nothing = SandboxSpec::try_from(wire::SandboxSpec::default());
+    assert_eq!(nothing.unwrap_err().field, "key");
 }
 
 #[test]

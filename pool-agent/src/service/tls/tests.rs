@@ -1,19 +1,21 @@
-use std::net::SocketAddr;
+use std::{net::SocketAddr, path::Path};
 
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, SanType};
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
     client::{
         WebPkiServerVerifier,
         danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
     },
-    pki_types::{ServerName, UnixTime},
+    crypto::aws_lc_rs,
+    pki_types::{PrivateKeyDer, ServerName, UnixTime, pem::PemObject},
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio_rustls::TlsConnector;
 use tokio_stream::StreamExt;
 
 use super::*;
+use crate::config::TlsFiles;
 
 struct Ca {
     issuer: Issuer<'static, KeyPair>,
@@ -50,22 +52,29 @@ struct Server {
     accepted: ReceiverStream<io::Result<Connection>>,
 }
 
+/// The host's files in a directory, as an operator puts them there.
+fn write(directory: &Path, ca: &Ca, certificate: &str, key: &str) -> TlsFiles {
+    let write = |name: &str, content: &str| {
+        let path = directory.join(name);
+        std::fs::write(&path, content).unwrap();
+        path
+    };
+    TlsFiles {
+        certificate: write("certificate", certificate),
+        key: write("key", key),
+        ca: write("ca", &ca.pem),
+        trust_domain: "pool".into(),
+    }
+}
+
 async fn serve(ca: &Ca) -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
+    let directory = tempfile::tempdir().unwrap();
     let (certificate, key) = ca.issue(&["spiffe://pool/host/host-a"]);
-    let files = TlsFiles {
-        certificate: "certificate".into(),
-        key: "key".into(),
-        ca: "ca".into(),
-        trust_domain: "pool".into(),
-    };
-    let pem = Pem {
-        certificate: certificate.into(),
-        key: key.into(),
-        ca: ca.pem.clone().into(),
-    };
-    let accepted = accept(listener, files, pem).unwrap();
+    let files = write(directory.path(), ca, &certificate, &key);
+    let credentials = Credentials::load(&files).unwrap();
+    let accepted = accept(listener, "pool".into(), follow(files, credentials));
     Server { address, accepted }
 }
 
@@ -188,4 +197,24 @@ async fn garbage_in_place_of_a_hello_stops_nobody_else() {
     let own = ca.issue(&["spiffe://pool/tenant/demo/virtual-node"]);
     assert!(call(server.address, &ca, Some(own)).await);
     assert!(server.accepted.next().await.unwrap().is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn renewed_files_are_taken_up_and_bad_ones_leave_the_old_in_use() {
+    let directory = tempfile::tempdir().unwrap();
+    let ca = Ca::new();
+    let (first, first_key) = ca.issue(&["spiffe://pool/host/host-a"]);
+    let (second, second_key) = ca.issue(&["spiffe://pool/host/host-a"]);
+    let files = write(directory.path(), &ca, &first, &first_key);
+    let mut current = follow(files.clone(), Credentials::load(&files).unwrap());
+    // A renewal caught half way: the pair does not fit.
+    write(directory.path(), &ca, &second, &first_key);
+    let later = tokio::time::timeout(Duration::from_secs(600), current.changed()).await;
+    assert!(later.is_err(), "a pair that does not fit was taken up");
+    std::fs::remove_file(&files.ca).unwrap();
+    let later = tokio::time::timeout(Duration::from_secs(600), current.changed()).await;
+    assert!(later.is_err(), "missing files were taken up");
+    write(directory.path(), &ca, &second, &second_key);
+    current.changed().await.unwrap();
+    assert_eq!(current.borrow().pem.certificate, second.as_bytes());
 }
