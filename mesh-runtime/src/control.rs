@@ -177,7 +177,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
-    use crate::identity::tls::provider;
+    use crate::identity::crypto::provider;
 
     struct Authority(Issuer<'static, KeyPair>, String);
 
