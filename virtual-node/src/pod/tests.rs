@@ -726,3 +726,17 @@ async fn the_kubelet_api_is_led_to_the_host_on_record_only() {
     let found = world.directory().find("shop", "web").await.unwrap();
     assert_eq!(found.sandbox.unwrap().0.host.as_str(), "host-a");
 }
+
+#[tokio::test(start_paused = true)]
+async fn events_are_taken_from_the_host_on_record_only() {
+    let world = World::started().await;
+    world.running(json!({})).await;
+    world.b.tell("u-1", 1, "Forged");
+    world.a.tell("u-1", 2, "Early");
+    world.a.tell("u-1", 1, "Started");
+    world
+        .until("it was told", |w| w.api.events().contains(&"Started".to_owned()))
+        .await;
+    world.let_pass(LONG).await;
+    assert_eq!(world.api.events(), ["Started"]);
+}

@@ -464,3 +464,59 @@ proptest! {
         }
     }
 }
+
+fn record(attempt: u32) -> Record {
+    Record {
+        place: crate::pod::lifecycle::Place {
+            host: "host-a".parse().unwrap(),
+            attempt: Attempt::parse("attempt", attempt).unwrap(),
+        },
+        mesh: MeshMode::Enrolled,
+    }
+}
+
+#[test]
+fn an_enrolled_pod_that_its_host_reports_without_an_identity_is_not_ready() {
+    let pod = one("Always");
+    let mut sandbox = sandbox(SandboxState::Running, vec![], vec![container_of(running())]);
+    let record = record(1);
+    let ready = |sandbox: &SandboxStatus| {
+        let status = status(&Observed {
+            record: Some(&record),
+            ..observed(&pod, Some(sandbox))
+        });
+        let of = |kind| {
+            let (holds, reason) = condition(&status, kind);
+            format!("{holds} {reason}")
+        };
+        [of("PodReadyToStartContainers"), of("Ready")]
+    };
+    assert_eq!(ready(&sandbox), ["True ", "True "]);
+    sandbox.identity = None;
+    assert_eq!(ready(&sandbox), ["False ", "False OutsideMesh"]);
+}
+
+#[test]
+fn a_record_is_kept_current_and_a_newer_attempt_is_never_written_over() {
+    let placed = |before: Option<u32>, ours: u32| {
+        let mut pod = one("Always");
+        if let Some(attempt) = before {
+            let status = pod.status.take().unwrap();
+            pod.status = Some(on_record(status, &record(attempt), &pod, at(0)));
+        }
+        let record = record(ours);
+        let status = status(&Observed {
+            record: Some(&record),
+            ..observed(&pod, None)
+        });
+        let pod = Pod {
+            status: Some(status),
+            ..pod
+        };
+        Record::of(&pod).unwrap().place.attempt.get()
+    };
+    // Taken away, the same, older, and another process's.
+    for (before, ours, then) in [(None, 2, 2), (Some(2), 2, 2), (Some(1), 2, 2), (Some(3), 2, 3)] {
+        assert_eq!(placed(before, ours), then, "{before:?} {ours}");
+    }
+}

@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use futures::{Stream, stream};
+use futures::{Stream, StreamExt, stream};
 use hyper_util::rt::TokioIo;
 use pool_agent_api::{
     SandboxKey,
@@ -174,6 +174,21 @@ impl Host {
         self.run(uid);
     }
 
+    /// It tells the user of the pod's attempt.
+    pub(super) fn tell(&self, uid: &str, attempt: u32, reason: &str) {
+        let event = wire::PodEvent {
+            key: Some(wire::SandboxKey {
+                pod_uid: uid.into(),
+                attempt,
+            }),
+            reason: reason.into(),
+            at: Some(prost_types::Timestamp::default()),
+            ..wire::PodEvent::default()
+        };
+        self.sandboxes().changes.push(Event::PodEvent(event));
+        self.journal.stir();
+    }
+
     /// The attempts of the pod that it has.
     pub(super) fn attempts(&self, uid: &str) -> Vec<u32> {
         let sandboxes = self.sandboxes();
@@ -298,7 +313,7 @@ impl PoolAgent for Host {
             version: "test".into(),
             boot_id: "1".into(),
             address: "192.0.2.11".into(),
-            capacity: Some(capacity.clone()),
+            capacity: Some(capacity),
             free: Some(capacity),
             runtime_version: "containerd://2.2.3".into(),
             kernel_version: "6.18".into(),
@@ -421,7 +436,6 @@ impl PoolAgent for Host {
                 }
             }
         });
-        use futures::StreamExt;
         Ok(Response::new(stream::iter(first).chain(later).boxed()))
     }
 
