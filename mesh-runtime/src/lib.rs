@@ -6,6 +6,7 @@ pub mod control;
 pub mod dns;
 pub mod identity;
 pub mod netns;
+pub mod off_limits;
 pub mod pod;
 pub mod policy;
 pub mod proxy;

@@ -7,7 +7,10 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::state::{ServiceView, Snapshot, Workload};
+use crate::{
+    off_limits::{self, Refused},
+    state::{ServiceView, Snapshot, Workload},
+};
 
 /// What of the tenant's network does not change while the proxy runs.
 #[derive(Debug, Clone)]
@@ -31,14 +34,6 @@ pub(crate) enum Destination<'a> {
     /// Outside the mesh: TCP as it is.
     Outside,
     Refused(Refused),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum Refused {
-    #[error("no pod may reach what is local to the host")]
-    HostLocal,
-    #[error("the address is not one that a connection can go to")]
-    NotUnicast,
 }
 
 /// As a client in `namespace` sees it: a service's address before a pod's.
@@ -68,24 +63,7 @@ pub(crate) fn resolve<'a>(
 /// Also holds for endpoints, which are the tenant's say: an EndpointSlice may
 /// name 127.0.0.1.
 pub(crate) fn refuse(network: &Network, ip: IpAddr) -> Option<Refused> {
-    let ip = ip.to_canonical();
-    let local = ip.is_loopback()
-        || network.host.contains(&ip)
-        || match ip {
-            IpAddr::V4(v4) => v4.is_link_local(),
-            IpAddr::V6(v6) => v6.is_unicast_link_local(),
-        };
-    if local {
-        return Some(Refused::HostLocal);
-    }
-    let nowhere = ip.is_unspecified()
-        || ip.is_multicast()
-        || match ip {
-            // 0.0.0.0/8 is this host, 240.0.0.0/4 is nobody.
-            IpAddr::V4(v4) => v4.octets()[0] == 0 || v4.octets()[0] >= 240,
-            IpAddr::V6(_) => false,
-        };
-    nowhere.then_some(Refused::NotUnicast)
+    off_limits::refuse(&network.host, ip)
 }
 
 #[cfg(test)]

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use mesh_api::Identity;
 
-use super::{destination::Refused, dial::DialError, hbone::TunnelError};
+use super::{dial::DialError, hbone::TunnelError};
+use crate::off_limits::Refused;
 use crate::{balance::NoEndpoint, policy::Verdict, state::Unsupported, telemetry::Flag};
 
 #[derive(Debug, thiserror::Error)]

@@ -11,15 +11,15 @@ use std::{
 };
 
 use ipnet::{IpNet, Ipv4Net};
-use nix::errno::Errno;
 use pool_agent_api::{Tenant, TenantId};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::MeshRuntime;
 use crate::{
     netns::Netns,
+    off_limits,
     proxy::{StartProxyError, TenantProxy, TenantProxyConfig},
-    redirect::{GATEWAY, Router, RouterConfig, RouterError},
+    redirect::{Router, RouterConfig, RouterError},
 };
 
 /// How long to wait before Service addresses that the kernel refused are tried
@@ -37,7 +37,7 @@ pub enum OpenTenantError {
     #[error("{field} of tenant {tenant} is IPv6, which is not supported yet")]
     Ipv6 { tenant: TenantId, field: &'static str },
     #[error("cannot list the host's addresses")]
-    Addresses { source: Errno },
+    Addresses { source: io::Error },
     #[error("cannot set up redirection in the router of tenant {tenant}")]
     Router { tenant: TenantId, source: RouterError },
     #[error("cannot start the proxy of tenant {tenant}")]
@@ -83,11 +83,8 @@ impl OpenTenant {
 
         let inode = inode(path).map_err(netns_error)?;
         let netns = Netns::open(path).map_err(netns_error)?;
-        let here = addresses();
-        let there = netns.enter(|| Ok(addresses())).map_err(netns_error)?;
-        let mut host_addresses = here.map_err(|source| OpenTenantError::Addresses { source })?;
-        host_addresses.extend(there.map_err(|source| OpenTenantError::Addresses { source })?);
-        host_addresses.push(IpAddr::V4(GATEWAY));
+        let host_addresses =
+            off_limits::host_addresses(&netns).map_err(|source| OpenTenantError::Addresses { source })?;
 
         let (router, listeners) = Router::open(RouterConfig {
             router: netns.clone(),
@@ -201,19 +198,6 @@ fn ipv4(tenant: &TenantId, field: &'static str, net: IpNet) -> Result<Ipv4Net, O
 
 fn inode(path: &Path) -> io::Result<u64> {
     Ok(std::fs::metadata(path)?.st_ino())
-}
-
-/// Of all devices in the namespace the thread stands in, but not loopback's:
-/// those no packet from a device can name.
-fn addresses() -> Result<Vec<IpAddr>, Errno> {
-    Ok(nix::ifaddrs::getifaddrs()?
-        .filter_map(|interface| {
-            let address = interface.address?;
-            let ipv4 = address.as_sockaddr_in().map(|a| IpAddr::V4(a.ip()));
-            ipv4.or_else(|| address.as_sockaddr_in6().map(|a| IpAddr::V6(a.ip())))
-        })
-        .filter(|address| !address.is_loopback())
-        .collect())
 }
 
 fn only_ipv4(address: &IpAddr) -> Option<Ipv4Addr> {

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::{Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper_util::rt::TokioIo;
-use mesh_runtime::netns::Netns;
+use mesh_runtime::{netns::Netns, off_limits};
 use pool_agent_api::spec::HttpAction;
 use rustls::{
     ClientConfig, DigitallySignedStruct, SignatureScheme,
@@ -40,7 +40,7 @@ pub(super) async fn tcp(
 ) -> Result<TcpStream, String> {
     let ip = match host {
         None => pod,
-        Some(host) => resolve::address(host).await?,
+        Some(host) => allowed(netns, pod, resolve::address(host).await?)?,
     };
     let address = SocketAddr::new(ip, port);
     let socket = netns
@@ -53,6 +53,20 @@ pub(super) async fn tcp(
         .connect(address)
         .await
         .map_err(|e| format!("dial tcp {address}: {e}"))
+}
+
+/// A tenant names the hosts of its probes, and the host they are dialled from is
+/// not the tenant's: the same addresses are off limits as for its pods.
+fn allowed(netns: &Netns, pod: IpAddr, ip: IpAddr) -> Result<IpAddr, String> {
+    if ip == pod {
+        return Ok(ip);
+    }
+    let own =
+        off_limits::host_addresses(netns).map_err(|e| format!("looking at the host's addresses: {e}"))?;
+    match off_limits::refuse(&own, ip) {
+        None => Ok(ip),
+        Some(refused) => Err(format!("dial tcp {ip}: {refused}")),
+    }
 }
 
 /// Satisfied by any status from 200 to 399.

@@ -1,6 +1,6 @@
 //! Probes of all kinds, against programs that answer them.
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
 use pool_agent_api::wire;
 use spindrift_local::images::AGNHOST;
 
@@ -13,7 +13,7 @@ use super::{
 pub(crate) fn tests() -> Vec<Case> {
     cases![Others:
         a_probe_of_each_kind_passes_and_fails_in_a_kubelets_words,
-        a_probe_may_name_its_host,
+        a_probe_may_name_its_host_but_none_that_is_local_to_the_pools,
     ]
 }
 
@@ -112,30 +112,51 @@ async fn a_probe_of_each_kind_passes_and_fails_in_a_kubelets_words(host: &Host) 
     web.forget().await
 }
 
-/// Names are the host's to look up; the connection is made in the tenant's router.
-async fn a_probe_may_name_its_host(host: &Host) -> anyhow::Result<()> {
+/// Another pod's address will do; what is local to the host is off limits, under
+/// whatever name. Names are the host's to look up.
+async fn a_probe_may_name_its_host_but_none_that_is_local_to_the_pools(host: &Host) -> anyhow::Result<()> {
+    let serving = shell(
+        "http",
+        "mkdir /tmp/www && echo hello > /tmp/www/well && exec httpd -f -p 8080 -h /tmp/www",
+    );
+    let server = host.start(pod(vec![serving])).await?;
+    let address = server
+        .until_running()
+        .await?
+        .pod_ip
+        .context("it has no address")?;
+    // It would accept whatever is dialled to it.
     let router = mesh_runtime::netns::Netns::open(host.ours.router(host))?;
-    let listener = router.enter(|| std::net::TcpListener::bind(("127.0.0.1", 0)))?;
+    let listener = router.enter(|| std::net::TcpListener::bind(("0.0.0.0", 0)))?;
     let port = listener.local_addr()?.port().into();
-    let named = wire::Container {
-        readiness_probe: probe(tcp(port, "localhost")),
-        ..idle("named")
-    };
     let nobody = "x".repeat(300);
-    let unknown = wire::Container {
-        readiness_probe: probe(http(port, "/", &nobody)),
-        ..idle("unknown")
-    };
-    let web = host.start(pod(vec![named, unknown])).await?;
-    web.until("reach what is named", |status| {
-        container(status, "named").is_ok_and(|c| c.ready)
+    let containers = [
+        ("other", http(8080, "/well", &address.to_string())),
+        ("local", tcp(port, "localhost")),
+        ("metadata", http(80, "/", "169.254.169.254")),
+        ("unknown", http(port, "/", &nobody)),
+    ];
+    let containers = containers.map(|(name, action)| wire::Container {
+        readiness_probe: probe(action),
+        ..idle(name)
+    });
+    let web = host.start(pod(containers.to_vec())).await?;
+    web.until("reach another pod", |status| {
+        container(status, "other").is_ok_and(|c| c.ready)
     })
     .await?;
-    web.event("Unhealthy", &format!("lookup {nobody}: ")).await?;
+    for words in [
+        "dial tcp 127.0.0.1: no pod may reach what is local to the host",
+        "dial tcp 169.254.169.254: no pod may reach what is local to the host",
+        &format!("lookup {nobody}: "),
+    ] {
+        web.event("Unhealthy", words).await?;
+    }
+    let status = web.until_running().await?;
+    for name in ["local", "metadata", "unknown"] {
+        ensure!(!container(&status, name)?.ready, "{name} is ready");
+    }
     drop(listener);
-    web.until("reach it no more", |status| {
-        container(status, "named").is_ok_and(|c| !c.ready)
-    })
-    .await?;
-    web.forget().await
+    web.forget().await?;
+    server.forget().await
 }
