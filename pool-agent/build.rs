@@ -2,7 +2,7 @@
 //! has to be installed first.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["cri.proto", "health.proto"];
+    let files = ["containers.proto", "cri.proto", "health.proto", "tasks.proto"];
     let descriptors = protox::compile(files, ["proto"])?;
     for file in files {
         println!("cargo::rerun-if-changed=proto/{file}");

@@ -5,6 +5,7 @@
 
 pub mod config;
 pub mod events;
+mod leftover;
 
 use std::{collections::HashMap, future::Future, path::Path, time::Duration};
 
@@ -23,6 +24,7 @@ pub mod wire {
     tonic::include_proto!("runtime.v1");
 }
 
+use leftover::Leftovers;
 use wire::{image_service_client::ImageServiceClient, runtime_service_client::RuntimeServiceClient};
 
 /// Labels that mark what is ours. The kubelet's names where it has one, so that
@@ -85,6 +87,7 @@ impl CriError {
 pub struct Runtime {
     runtime: RuntimeServiceClient<Channel>,
     images: ImageServiceClient<Channel>,
+    leftovers: Leftovers,
 }
 
 /// A sandbox of ours that the runtime knows.
@@ -158,7 +161,8 @@ impl Runtime {
         ));
         Self {
             runtime: RuntimeServiceClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE),
-            images: ImageServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE),
+            images: ImageServiceClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE),
+            leftovers: Leftovers::at(channel),
         }
     }
 
@@ -210,7 +214,8 @@ impl Runtime {
         let request = wire::RemovePodSandboxRequest {
             pod_sandbox_id: id.0.clone(),
         };
-        absent_is_fine(within("RemovePodSandbox", SLOW, client.remove_pod_sandbox(request)).await)
+        absent_is_fine(within("RemovePodSandbox", SLOW, client.remove_pod_sandbox(request)).await)?;
+        self.leftovers.remove(&id.0).await
     }
 
     /// Our sandboxes: all of this host, or those of one key.

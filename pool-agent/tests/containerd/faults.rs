@@ -9,7 +9,9 @@ use std::{
 use anyhow::{Context, ensure};
 use pool_agent::{
     cgroup::Cgroups,
+    cri::Runtime,
     host::{read_spec, write_spec},
+    sandbox::event::SandboxId,
 };
 use pool_agent_api::{
     SandboxSpec, SandboxStatus,
@@ -17,7 +19,7 @@ use pool_agent_api::{
     status::{ContainerState, MeshState, SandboxState, Severity},
     wire,
 };
-use spindrift_local::tool::Tool;
+use spindrift_local::{images::BUSYBOX_IMAGE, tool::Tool};
 
 use super::{
     host::{Host, wait, within},
@@ -32,6 +34,7 @@ pub(crate) fn tests() -> Vec<Case> {
         a_containerd_killed_underneath_ends_nothing_and_what_ended_meanwhile_is_seen,
         a_dead_pause_process_ends_the_pod_and_leaves_nothing,
         a_process_that_the_runtime_forgot_keeps_no_sandbox,
+        a_container_that_cri_forgot_is_removed_with_its_process,
         a_tenant_that_cannot_be_opened_loses_its_pods_and_no_others,
         a_spec_that_leaves_out_the_mesh_of_an_enrolled_pod_is_not_believed,
         no_agent_panicked_in_the_whole_run,
@@ -228,6 +231,24 @@ async fn a_process_that_the_runtime_forgot_keeps_no_sandbox(host: &Host) -> anyh
     let status = within("that the process ends", forgotten.wait()).await??;
     ensure!(status.signal() == Some(9), "{status}");
     ensure!(cgroups_of(&web).is_empty(), "its cgroup is left");
+    Ok(())
+}
+
+/// As a start that was cut off leaves it: in containerd's store, and not in CRI's.
+async fn a_container_that_cri_forgot_is_removed_with_its_process(host: &Host) -> anyhow::Result<()> {
+    const ID: &str = "forgotten";
+    let run = ["run", "--detach", "--null-io", "--cgroup", "/spindrift/forgotten"];
+    let what = [BUSYBOX_IMAGE.reference, ID, "/bin/sleep", "100000"];
+    host.ctr(&[run.as_slice(), &what].concat()).await?;
+    let pid = host.pid(ID).await?;
+    let runtime = Runtime::at(&host.socket());
+    // The second time it is gone.
+    for _ in 0..2 {
+        runtime.remove_sandbox(&SandboxId(ID.into())).await?;
+        let left = host.ctr(&["containers", "list", "--quiet"]).await?;
+        ensure!(left.lines().all(|id| id != ID), "{left}");
+        ensure!(!Path::new(&format!("/proc/{pid}")).exists(), "its process lives");
+    }
     Ok(())
 }
 

@@ -217,6 +217,10 @@ impl Host {
 
     // ---- what containerd has, whatever the agent says
 
+    pub(super) fn socket(&self) -> PathBuf {
+        self.runtime.socket()
+    }
+
     pub(super) async fn ctr(&self, arguments: &[&str]) -> anyhow::Result<String> {
         Ok(self.runtime.ctr().args(arguments).run().await?)
     }
