@@ -12,7 +12,6 @@
 //! - a newer attempt's driver begins when the older attempt's has ended.
 
 mod adopt;
-mod spec_file;
 
 use std::{
     collections::HashMap,
@@ -45,10 +44,9 @@ use crate::{
         eviction,
         perform::{Hands, Workshop},
     },
+    spec_file::{self, SpecFileError},
     volumes,
 };
-
-pub use spec_file::{SpecFileError, read_spec, update_spec, write_spec};
 
 #[derive(Debug, thiserror::Error)]
 pub enum TenantError {
@@ -290,7 +288,7 @@ impl Host {
             stop_by: None,
         };
         let dirs = self.inner.shop.layout.sandbox(&key);
-        let kept = tokio::task::spawn_blocking(move || write_spec(&dirs, spec))
+        let kept = tokio::task::spawn_blocking(move || spec_file::write(&dirs, spec))
             .await
             .unwrap_or(Err(SpecFileError::BrokeOff));
         let recorded = match kept {

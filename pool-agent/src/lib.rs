@@ -41,4 +41,5 @@ pub mod network;
 pub mod probes;
 pub mod sandbox;
 pub mod service;
+pub mod spec_file;
 pub mod volumes;

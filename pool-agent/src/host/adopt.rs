@@ -25,7 +25,7 @@ use prost::Message;
 use tokio::sync::watch;
 use tracing::Instrument;
 
-use super::{Ends, Host, Inner, Resident, State, read_spec, resident};
+use super::{Ends, Host, Inner, Resident, State, resident};
 use crate::{
     admission::{Admission, slim},
     board::Board,
@@ -42,7 +42,7 @@ use crate::{
         lifecycle::{Found, FoundRun, FoundState},
         perform::{Hands, Workshop},
     },
-    volumes,
+    spec_file, volumes,
 };
 
 /// Sandboxes that are taken over at a time; each asks the runtime a few things.
@@ -195,7 +195,7 @@ impl Host {
     /// Puts a recorded sandbox back among the residents.
     fn readmit(&self, entry: Entry, there: There) -> Heir {
         let dirs = self.inner.shop.layout.sandbox(&entry.key);
-        let spec = match read_spec(&dirs)
+        let spec = match spec_file::read(&dirs)
             .map_err(|e| e.to_string())
             .and_then(|s| as_admitted(s, &entry))
         {

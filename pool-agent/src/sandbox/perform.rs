@@ -42,7 +42,7 @@ use crate::{
     logs,
     network::{POD_GATEWAY, Router},
     probes::{self, Prober},
-    volumes,
+    spec_file, volumes,
 };
 
 /// Most that is read of a container's last words, as a kubelet does.
@@ -128,7 +128,7 @@ impl Hands {
         let dirs = self.dirs.clone();
         blocking(move || -> Result<(), Trouble> {
             // The contents are on disk alone; see `admission::slim`.
-            let spec = crate::host::read_spec(&dirs).map_err(|e| Trouble::new("FailedMount", e))?;
+            let spec = spec_file::read(&dirs).map_err(|e| Trouble::new("FailedMount", e))?;
             volumes::prepare(&spec, &dirs).map_err(|e| Trouble::new("FailedMount", e))
         })
         .await?
@@ -650,7 +650,7 @@ impl Perform for Hands {
         let dirs = self.dirs.clone();
         let security = self.spec.security.clone();
         blocking(move || {
-            crate::host::update_spec(&dirs, &volumes).map_err(|e| Trouble::new("FailedMount", e))?;
+            spec_file::update(&dirs, &volumes).map_err(|e| Trouble::new("FailedMount", e))?;
             volumes::update(&volumes, &security, &dirs).map_err(|e| Trouble::new("FailedMount", e))
         })
         .await?

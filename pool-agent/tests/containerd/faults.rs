@@ -7,12 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, ensure};
-use pool_agent::{
-    cgroup::Cgroups,
-    cri::Runtime,
-    host::{read_spec, write_spec},
-    sandbox::event::SandboxId,
-};
+use pool_agent::{cgroup::Cgroups, cri::Runtime, sandbox::event::SandboxId, spec_file};
 use pool_agent_api::{
     SandboxSpec, SandboxStatus,
     spec::MeshMode,
@@ -299,9 +294,9 @@ async fn a_spec_that_leaves_out_the_mesh_of_an_enrolled_pod_is_not_believed(
     let identity = before.identity.context("an enrolled pod has an identity")?;
     host.kill_agent().await?;
     let dirs = host.files().sandbox(&web.key);
-    let mut parts = (*read_spec(&dirs)?).clone();
+    let mut parts = (*spec_file::read(&dirs)?).clone();
     parts.mesh = MeshMode::Unmeshed;
-    write_spec(&dirs, SandboxSpec::new(parts)?)?;
+    spec_file::write(&dirs, SandboxSpec::new(parts)?)?;
     host.start_agent().await?;
     let status = web.until_stopped().await?;
     ensure!(status.reason == "SandboxLost", "{status:?}");

@@ -37,7 +37,7 @@ pub enum SpecFileError {
     BrokeOff,
 }
 
-pub fn write_spec(dirs: &SandboxDirs, spec: SandboxSpec) -> Result<(), SpecFileError> {
+pub fn write(dirs: &SandboxDirs, spec: SandboxSpec) -> Result<(), SpecFileError> {
     let message = wire::SandboxSpec::from(spec).encode_to_vec();
     let mut bytes = Sha256::digest(&message).to_vec();
     bytes.extend(message);
@@ -45,7 +45,7 @@ pub fn write_spec(dirs: &SandboxDirs, spec: SandboxSpec) -> Result<(), SpecFileE
     Ok(())
 }
 
-pub fn read_spec(dirs: &SandboxDirs) -> Result<SandboxSpec, SpecFileError> {
+pub fn read(dirs: &SandboxDirs) -> Result<SandboxSpec, SpecFileError> {
     let path = dirs.spec();
     let bytes = std::fs::read(&path).map_err(|source| SpecFileError::Read {
         path: path.clone(),
@@ -62,8 +62,8 @@ pub fn read_spec(dirs: &SandboxDirs) -> Result<SandboxSpec, SpecFileError> {
 
 /// Replaces the contents of volumes in the file, so that a volume that is made
 /// again has the newest.
-pub fn update_spec(dirs: &SandboxDirs, volumes: &[Volume]) -> Result<(), SpecFileError> {
-    let known = read_spec(dirs)?;
+pub fn update(dirs: &SandboxDirs, volumes: &[Volume]) -> Result<(), SpecFileError> {
+    let known = read(dirs)?;
     let mut parts = SandboxParts::clone(&known);
     for volume in volumes {
         if let Some(known) = parts.volumes.iter_mut().find(|v| v.name == volume.name) {
@@ -74,7 +74,7 @@ pub fn update_spec(dirs: &SandboxDirs, volumes: &[Volume]) -> Result<(), SpecFil
         path: dirs.spec(),
         problem,
     })?;
-    write_spec(dirs, spec)
+    write(dirs, spec)
 }
 
 #[cfg(test)]
@@ -88,20 +88,20 @@ mod tests {
         let layout = Layout::new(directory.path().join("s"), directory.path().join("r"));
         let spec = crate::sandbox::lifecycle::tests_support::spec("a", |_| {});
         let dirs = layout.sandbox(&spec.key);
-        assert!(matches!(read_spec(&dirs), Err(SpecFileError::Read { .. })));
-        write_spec(&dirs, spec.clone()).unwrap();
-        assert_eq!(read_spec(&dirs).unwrap(), spec);
+        assert!(matches!(read(&dirs), Err(SpecFileError::Read { .. })));
+        write(&dirs, spec.clone()).unwrap();
+        assert_eq!(read(&dirs).unwrap(), spec);
         let whole = std::fs::read(dirs.spec()).unwrap();
         for length in [0, 10, CHECKSUM, whole.len() - 1] {
             std::fs::write(dirs.spec(), &whole[..length]).unwrap();
-            assert!(read_spec(&dirs).is_err(), "cut to {length}");
+            assert!(read(&dirs).is_err(), "cut to {length}");
         }
         for at in [0, CHECKSUM, whole.len() - 1] {
             let mut flipped = whole.clone();
             flipped[at] ^= 1;
             std::fs::write(dirs.spec(), flipped).unwrap();
             assert!(
-                matches!(read_spec(&dirs), Err(SpecFileError::Damaged { .. })),
+                matches!(read(&dirs), Err(SpecFileError::Damaged { .. })),
                 "flipped {at}"
             );
         }
