@@ -82,15 +82,24 @@ async fn running(scope: &Scope, count: usize) -> anyhow::Result<()> {
         .await
 }
 
-/// Every pod ends Running exactly once: the same pods, no restart, and on all
-/// hosts together one sandbox and one container each.
-async fn each_runs_exactly_once(scope: &Scope, made: &BTreeMap<String, String>) -> anyhow::Result<()> {
+/// Every pod ends Running exactly once: the same pods, and on all hosts together one
+/// sandbox and one container that runs each. `cut_off` of a pod's runs may have been
+/// ended in their start: such a run counts as a restart, as under a kubelet.
+async fn each_runs_exactly_once(
+    scope: &Scope,
+    made: &BTreeMap<String, String>,
+    cut_off: usize,
+) -> anyhow::Result<()> {
     let limit = Duration::from_secs(150);
     for (name, wanted) in made {
         let pod = scope.until_within(limit, name, "is Ready", is_ready).await?;
         ensure!(uid(&pod) == wanted, "{name} was made anew");
         let main = container(&pod, "main").context("it has no container")?;
-        ensure!(main.restart_count == 0, "it was restarted: {}", summary(&pod));
+        ensure!(
+            usize::try_from(main.restart_count)? <= cut_off,
+            "it was restarted: {}",
+            summary(&pod)
+        );
     }
     // What was started in vain may still be on its way out.
     scope
@@ -102,7 +111,7 @@ async fn each_runs_exactly_once(scope: &Scope, made: &BTreeMap<String, String>) 
                 let own: Vec<&Container> = all.iter().filter(|c| c.pod_uid == *uid).collect();
                 let sandboxes = own.iter().filter(|c| c.is_sandbox()).count();
                 let runs = own.iter().filter(|c| !c.is_sandbox() && c.pid.is_some()).count();
-                if sandboxes != 1 || own.len() != 2 || runs != 1 {
+                if sandboxes != 1 || runs != 1 || own.len() > 2 + cut_off {
                     return Err(format!("{name}: {own:#?}"));
                 }
             }
@@ -155,7 +164,7 @@ async fn virtual_node_killed_before_any_of_ten_pods_runs(scope: &Scope) -> anyho
     let bystander = bystander(scope).await?;
     let made = create_ten(scope).await?;
     kill_and_start(scope, "virtual-node").await?;
-    each_runs_exactly_once(scope, &made).await?;
+    each_runs_exactly_once(scope, &made, 0).await?;
     undisturbed(scope, &bystander).await
 }
 
@@ -164,7 +173,7 @@ async fn virtual_node_killed_in_the_midst_of_ten_starts(scope: &Scope) -> anyhow
     let made = create_ten(scope).await?;
     running(scope, 4).await?;
     kill_and_start(scope, "virtual-node").await?;
-    each_runs_exactly_once(scope, &made).await?;
+    each_runs_exactly_once(scope, &made, 0).await?;
     undisturbed(scope, &bystander).await
 }
 
@@ -174,7 +183,7 @@ async fn virtual_node_killed_again_and_again_during_ten_starts(scope: &Scope) ->
         running(scope, count).await?;
         kill_and_start(scope, "virtual-node").await?;
     }
-    each_runs_exactly_once(scope, &made).await
+    each_runs_exactly_once(scope, &made, 0).await
 }
 
 async fn an_agent_killed_in_the_midst_of_ten_starts(scope: &Scope) -> anyhow::Result<()> {
@@ -182,7 +191,7 @@ async fn an_agent_killed_in_the_midst_of_ten_starts(scope: &Scope) -> anyhow::Re
     let made = create_ten(scope).await?;
     running(scope, 3).await?;
     kill_and_start(scope, "pool-agent@host-a").await?;
-    each_runs_exactly_once(scope, &made).await?;
+    each_runs_exactly_once(scope, &made, 1).await?;
     undisturbed(scope, &bystander).await
 }
 
