@@ -107,6 +107,7 @@ struct Shared {
     life: Mutex<Duration>,
     broker_up: Mutex<bool>,
     issued: AtomicU64,
+    put_off: AtomicU64,
     nacks: Mutex<Vec<String>>,
     /// By live stream and type: the last change it answered to.
     answered: Mutex<BTreeMap<(u64, &'static str), u64>>,
@@ -137,6 +138,7 @@ impl Control {
             life: Mutex::new(Duration::from_secs(3600)),
             broker_up: Mutex::new(true),
             issued: AtomicU64::new(0),
+            put_off: AtomicU64::new(0),
             nacks: Mutex::default(),
             answered: Mutex::default(),
             streams: AtomicU64::new(0),
@@ -249,6 +251,11 @@ impl Control {
 
     pub(crate) fn issued(&self) -> u64 {
         self.shared.issued.load(Ordering::Relaxed)
+    }
+
+    /// How many requests for a certificate came while the broker was down.
+    pub(crate) fn put_off(&self) -> u64 {
+        self.shared.put_off.load(Ordering::Relaxed)
     }
 
     pub(crate) fn nacks(&self) -> Vec<String> {
@@ -402,6 +409,7 @@ impl IstioCertificateService for Broker {
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
         if !*self.0.broker_up.lock().unwrap() {
+            self.0.put_off.fetch_add(1, Ordering::Relaxed);
             return Err(Status::unavailable("the broker is down"));
         }
         let request = request.into_inner();

@@ -32,15 +32,14 @@ async fn a_pod_that_goes_lets_its_connections_end_and_then_cuts_them() {
     let begun = std::time::Instant::now();
     let detached = lab.hosts[1].runtime.detach(&web.key, drain);
     let meanwhile = async {
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        until("no new one is taken", async || {
+            !carries(client.connect(web.at(8080)).await).await
+        })
+        .await;
         assert!(lives(&mut ending).await, "cut before its time");
         ending.shutdown().await.unwrap();
         let mut rest = Vec::new();
         within("its end", ending.read_to_end(&mut rest)).await.unwrap();
-        assert!(
-            !carries(client.connect(web.at(8080)).await).await,
-            "a new one was taken"
-        );
     };
     within("detached", async { tokio::join!(detached, meanwhile) }).await;
     assert!(begun.elapsed() >= drain, "it did not wait for who stayed");
@@ -121,7 +120,10 @@ async fn a_connection_waits_for_the_pods_first_certificate() {
     lab.control.settled().await;
     let mut stream = client.connect(web.at(8080)).await.unwrap();
     stream.write_all(b"x").await.unwrap();
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    until("a certificate is asked for in vain", async || {
+        lab.control.put_off() > 0
+    })
+    .await;
     lab.control.broker_up(true);
     let mut got = [0];
     within("the echo", stream.read_exact(&mut got)).await.unwrap();

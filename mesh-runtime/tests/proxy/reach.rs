@@ -154,15 +154,21 @@ async fn what_cannot_be_reached_is_reset_at_once() {
 async fn an_unknown_pod_is_waited_for_and_never_spoken_to_in_plaintext() {
     let lab = Lab::new().await;
     let client = lab.pod(0, "client").await;
+    let known = lab.pod(1, "known").await;
     let late = lab.start(1, "late", Mode::Enrolled).await;
     lab.control.settled().await;
+    serve(known.listen(8080), "known");
     serve(late.listen(8080), "late");
     let asked = tokio::spawn({
         let stream = client.connect(late.at(8080)).await;
         ask(stream)
     });
-    // Long enough for a proxy that did not wait to have failed.
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    // Those that were begun later are served meanwhile, tunnel and all: a proxy that
+    // did not wait would have failed the first by now.
+    for _ in 0..5 {
+        let said = ask(client.connect(known.at(8080)).await).await;
+        assert_eq!(said, Ok(format!("known {}", client.address)));
+    }
     assert!(!asked.is_finished());
     lab.control.workload(late.workload());
     assert_eq!(asked.await.unwrap(), Ok(format!("late {}", client.address)));

@@ -18,10 +18,14 @@ mod traffic;
 
 use std::{path::PathBuf, process::ExitCode};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Parser;
 use spindrift_local::{
-    Lab, Options, Progress, artifacts::Profile, cache::Cache, instance::InstanceName, lab,
+    Lab, Options, Progress,
+    artifacts::Profile,
+    cache::{self, Cache},
+    instance::InstanceName,
+    lab,
 };
 
 use crate::{pods::Pods, stock::Stock};
@@ -37,10 +41,6 @@ struct Command {
     /// Where built things are kept
     #[arg(long, env = "SPINDRIFT_CACHE")]
     cache: Option<PathBuf>,
-    #[arg(long, env = "XDG_CACHE_HOME", hide = true)]
-    cache_home: Option<PathBuf>,
-    #[arg(long, env = "HOME", hide = true)]
-    home: Option<PathBuf>,
 }
 
 /// What is measured together.
@@ -86,12 +86,10 @@ impl Command {
     }
 
     fn cache(&self) -> Result<Cache> {
-        let home = || Some(self.home.as_ref()?.join(".cache"));
-        let standard = || Some(self.cache_home.clone().or_else(home)?.join("spindrift"));
-        let root = self.cache.clone().or_else(standard);
-        Ok(Cache::new(
-            root.context("no HOME: say where to keep builds with --cache")?,
-        ))
+        Ok(Cache::new(match &self.cache {
+            Some(root) => root.clone(),
+            None => cache::standard()?,
+        }))
     }
 }
 
