@@ -567,12 +567,17 @@ async fn a_tunnel_needs_an_identity_of_the_mesh(scope: &Scope) -> anyhow::Result
     Ok(())
 }
 
+/// What a host that was taken over really has: the identity of its own pod.
+async fn stolen(scope: &Scope, pair: &Pair) -> anyhow::Result<Credentials> {
+    let near = as_host(scope.lab(), &pair.near_host)?;
+    let own = identity(scope, "client")?;
+    Ok(stranger::certificate(scope.lab(), broker(), &near, &own).await??)
+}
+
 async fn a_tunnel_leads_only_to_where_it_was_dialled(scope: &Scope) -> anyhow::Result<()> {
     let lab = scope.lab();
     let pair = Pair::start(scope).await?;
-    // What a host that was taken over really has: the identity of its own pod.
-    let own = identity(scope, "client")?;
-    let stolen = stranger::certificate(lab, broker(), &as_host(lab, &pair.near_host)?, &own).await??;
+    let stolen = stolen(scope, &pair).await?;
     let open = async || dial_tls(lab_namespace(scope), tunnel(&pair), &stolen, b"h2").await;
     // It works where it may.
     let right = pair.far_pod().to_string();
@@ -595,7 +600,6 @@ async fn a_tunnel_leads_only_to_where_it_was_dialled(scope: &Scope) -> anyhow::R
         format!("{}:0", pair.far_pod().ip()),
         format!("[::ffff:{}]:{PORT}", Ipv4Addr::LOCALHOST),
     ] {
-        // Another stream of a tunnel that has one already, and the first of one.
         match stranger::connect(open().await?, &wrong).await {
             Ok(status) => ensure!(status.is_client_error(), "CONNECT {wrong}: {status}"),
             // A name that HTTP/2 itself does not let pass.
@@ -610,10 +614,8 @@ async fn a_tunnel_leads_only_to_where_it_was_dialled(scope: &Scope) -> anyhow::R
 }
 
 async fn garbage_in_a_tunnel_ends_that_tunnel_alone(scope: &Scope) -> anyhow::Result<()> {
-    let lab = scope.lab();
     let pair = Pair::start(scope).await?;
-    let own = identity(scope, "client")?;
-    let stolen = stranger::certificate(lab, broker(), &as_host(lab, &pair.near_host)?, &own).await??;
+    let stolen = stolen(scope, &pair).await?;
     let mut holding = scope.kubectl().start(&[
         "exec",
         "client",
