@@ -8,6 +8,8 @@ use std::{
 use pool_agent_api::{HostName, Resources};
 use serde::Deserialize;
 
+use crate::policy::Policy;
+
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("reading {path}")]
@@ -45,6 +47,8 @@ pub struct Config {
     pub uplink: String,
     pub tls: TlsFiles,
     pub capacity: Resources,
+    /// What the host's operator allows.
+    pub policy: Policy,
 }
 
 /// The pool's PKI, as PEM files.
@@ -72,6 +76,8 @@ struct File {
     uplink: String,
     tls: TlsFiles,
     capacity: Option<Capacity>,
+    #[serde(default)]
+    policy: Policy,
 }
 
 #[derive(Deserialize)]
@@ -154,6 +160,7 @@ impl Config {
             uplink: file.uplink,
             tls: file.tls,
             capacity,
+            policy: file.policy,
         })
     }
 }

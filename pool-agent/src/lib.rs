@@ -38,6 +38,7 @@ pub mod ledger;
 pub mod logs;
 pub mod metrics;
 pub mod network;
+pub mod policy;
 pub mod probes;
 pub mod sandbox;
 pub mod service;

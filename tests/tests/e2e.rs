@@ -10,6 +10,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod e2e {
+    pub(crate) mod attacks;
     pub(crate) mod faults;
     pub(crate) mod hostile;
     pub(crate) mod kubelet;
@@ -33,6 +34,7 @@ fn main() -> ExitCode {
         e2e::kubelet::tests(),
         e2e::mesh::tests(),
         e2e::hostile::tests(),
+        e2e::attacks::tests(),
         e2e::faults::tests(),
         suite::tests(),
     ];

@@ -57,19 +57,19 @@ pub(crate) fn tests() -> Vec<Case> {
 }
 
 /// Longer than any limit on a handshake; shorter than a person's patience.
-const GIVEN_UP: Duration = Duration::from_secs(45);
+pub(crate) const GIVEN_UP: Duration = Duration::from_secs(45);
 
-fn lab_namespace(scope: &Scope) -> &Namespace {
+pub(crate) fn lab_namespace(scope: &Scope) -> &Namespace {
     &scope.lab().topology().lab
 }
 
-fn host<'a>(lab: &'a Lab, name: &str) -> anyhow::Result<&'a Host> {
+pub(crate) fn host<'a>(lab: &'a Lab, name: &str) -> anyhow::Result<&'a Host> {
     lab.topology()
         .host(name)
         .with_context(|| format!("there is no {name}"))
 }
 
-fn shown(tls: PoolTls) -> anyhow::Result<Credentials> {
+pub(crate) fn shown(tls: PoolTls) -> anyhow::Result<Credentials> {
     Credentials::load(&Credential {
         certificate: tls.certificate,
         key: tls.key,
@@ -77,20 +77,20 @@ fn shown(tls: PoolTls) -> anyhow::Result<Credentials> {
 }
 
 /// Of our own tenant's virtual node.
-fn own_tenant(lab: &Lab) -> anyhow::Result<Credentials> {
+pub(crate) fn own_tenant(lab: &Lab) -> anyhow::Result<Credentials> {
     shown(PoolPki::open(lab.layout())?.virtual_node(lab.layout().instance().as_str())?)
 }
 
-fn other_tenant(lab: &Lab) -> anyhow::Result<Credentials> {
+pub(crate) fn other_tenant(lab: &Lab) -> anyhow::Result<Credentials> {
     shown(PoolPki::open(lab.layout())?.virtual_node("somebody-else")?)
 }
 
-fn as_host(lab: &Lab, name: &str) -> anyhow::Result<Credentials> {
+pub(crate) fn as_host(lab: &Lab, name: &str) -> anyhow::Result<Credentials> {
     shown(PoolPki::open(lab.layout())?.host(host(lab, name)?)?)
 }
 
 /// What an authority of one's own gives to anybody who asks.
-fn forged(uri: &str) -> anyhow::Result<Credentials> {
+pub(crate) fn forged(uri: &str) -> anyhow::Result<Credentials> {
     let directory = tempfile::tempdir()?;
     let authority = Authority::open(directory.path().join("ca"), "spindrift pool")?;
     let subject = Subject {
@@ -101,7 +101,7 @@ fn forged(uri: &str) -> anyhow::Result<Credentials> {
     Credentials::load(&authority.credential("forged", &subject)?)
 }
 
-async fn agent(
+pub(crate) async fn agent(
     scope: &Scope,
     name: &str,
     credentials: &Credentials,
@@ -114,7 +114,7 @@ async fn agent(
 
 /// Whether a TLS server serves whoever shows these. With TLS 1.3 a client
 /// learns of a refusal only after its own end of the handshake.
-async fn is_served(
+pub(crate) async fn is_served(
     namespace: &Namespace,
     address: SocketAddr,
     credentials: &Credentials,
@@ -169,7 +169,7 @@ async fn logged_once(scope: &Scope, component: &str, peer: SocketAddr) -> anyhow
     Ok(lines[0].clone())
 }
 
-async fn host_answers(scope: &Scope) -> anyhow::Result<()> {
+pub(crate) async fn host_answers(scope: &Scope) -> anyhow::Result<()> {
     for host in &scope.lab().topology().hosts {
         agent(scope, &host.name, &own_tenant(scope.lab())?)
             .await?
@@ -211,7 +211,7 @@ async fn an_agent_refuses_whoever_has_no_certificate_of_the_pool(scope: &Scope) 
 
 /// A unary call with these very bytes as its message; the gRPC status, or how
 /// HTTP/2 ended.
-async fn call_with(scope: &Scope, path: &str, message: &[u8]) -> anyhow::Result<String> {
+pub(crate) async fn call_with(scope: &Scope, path: &str, message: &[u8]) -> anyhow::Result<String> {
     let lab = scope.lab();
     let address = agent_address(host(lab, "host-a")?);
     let stream = dial_tls(lab_namespace(scope), address, &own_tenant(lab)?, b"h2").await?;
@@ -279,7 +279,7 @@ async fn an_agent_refuses_messages_that_are_none_and_goes_on(scope: &Scope) -> a
 }
 
 /// A spec that an agent would take.
-fn valid_spec(tenant: &str) -> SandboxSpec {
+pub(crate) fn valid_spec(tenant: &str) -> SandboxSpec {
     SandboxSpec {
         key: Some(SandboxKey {
             pod_uid: "0fb4bd4c-9a4e-44f9-8d6c-0a4ee1b63a4f".into(),
