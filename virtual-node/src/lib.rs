@@ -14,4 +14,4 @@ mod pod;
 mod pool;
 pub mod pool_tls;
 pub mod process;
-mod quantity;
+use pool_cell::quantity;

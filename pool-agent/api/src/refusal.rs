@@ -19,6 +19,10 @@ pub enum RefusalReason {
     Draining,
     /// The host lacks what the spec asks for.
     Unsupported,
+    /// No claim in the cell for this attempt is bound to this host.
+    NoClaim,
+    /// The spec asks for more than its claim in the cell.
+    ExceedsClaim,
     /// A reason of a newer agent.
     Unknown,
 }
@@ -28,7 +32,12 @@ impl RefusalReason {
     pub fn another_host_may_accept(self) -> bool {
         matches!(
             self,
-            Self::NoRoom | Self::Draining | Self::Unsupported | Self::Unknown | Self::UnknownTenant
+            Self::NoRoom
+                | Self::Draining
+                | Self::Unsupported
+                | Self::Unknown
+                | Self::UnknownTenant
+                | Self::NoClaim
         )
     }
 }
@@ -52,6 +61,8 @@ impl From<wire::Refused> for Refusal {
             W::UnknownTenant => RefusalReason::UnknownTenant,
             W::Draining => RefusalReason::Draining,
             W::Unsupported => RefusalReason::Unsupported,
+            W::NoClaim => RefusalReason::NoClaim,
+            W::ExceedsClaim => RefusalReason::ExceedsClaim,
             W::Unspecified => RefusalReason::Unknown,
         };
         Self {
@@ -73,6 +84,8 @@ impl From<Refusal> for wire::Refused {
             RefusalReason::UnknownTenant => W::UnknownTenant,
             RefusalReason::Draining => W::Draining,
             RefusalReason::Unsupported => W::Unsupported,
+            RefusalReason::NoClaim => W::NoClaim,
+            RefusalReason::ExceedsClaim => W::ExceedsClaim,
             RefusalReason::Unknown => W::Unspecified,
         };
         Self {

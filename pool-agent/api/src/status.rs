@@ -33,6 +33,18 @@ pub struct SandboxStatus {
     pub identity: Option<String>,
     pub init_containers: Vec<ContainerStatus>,
     pub containers: Vec<ContainerStatus>,
+    /// None while nobody has asked for its end.
+    pub notice: Option<Notice>,
+}
+
+/// Notice that a sandbox has to end: its claim in the cell is being deleted, by a
+/// drain, a preemption or the operator.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Notice {
+    /// CamelCase.
+    pub reason: String,
+    /// Its host stops it then, if it is there yet.
+    pub deadline: Timestamp,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -281,6 +293,13 @@ impl TryFrom<wire::SandboxStatus> for SandboxStatus {
             identity: Some(s.identity).filter(|i| !i.is_empty()),
             init_containers: each("init_containers", s.init_containers, ContainerStatus::try_from)?,
             containers: each("containers", s.containers, ContainerStatus::try_from)?,
+            notice: match s.notice {
+                None => None,
+                Some(notice) => Some(Notice {
+                    reason: notice.reason,
+                    deadline: timestamp("notice.deadline", required("notice.deadline", notice.deadline)?)?,
+                }),
+            },
         })
     }
 }
@@ -316,6 +335,10 @@ impl From<SandboxStatus> for wire::SandboxStatus {
             identity: s.identity.unwrap_or_default(),
             init_containers: s.init_containers.into_iter().map(Into::into).collect(),
             containers: s.containers.into_iter().map(Into::into).collect(),
+            notice: s.notice.map(|notice| wire::Notice {
+                reason: notice.reason,
+                deadline: Some(wire_timestamp(notice.deadline)),
+            }),
         }
     }
 }
@@ -414,6 +437,10 @@ mod tests {
                 state: ContainerState::Running { started_at: at },
                 last_terminated: Some(terminated),
             }],
+            notice: Some(Notice {
+                reason: "ClaimDeleted".into(),
+                deadline: at,
+            }),
         };
         let wire = wire::SandboxStatus::from(status.clone());
         assert_eq!(SandboxStatus::try_from(wire).unwrap(), status);

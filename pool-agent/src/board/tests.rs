@@ -23,6 +23,7 @@ fn status(pod: &str, state: SandboxState) -> SandboxStatus {
         identity: None,
         init_containers: vec![],
         containers: vec![],
+        notice: None,
     }
 }
 

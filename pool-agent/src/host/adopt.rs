@@ -517,6 +517,7 @@ fn lost_status(
         identity: None,
         init_containers: vec![],
         containers: vec![],
+        notice: None,
     });
     status.state = SandboxState::Stopped;
     status.mesh = MeshState::Detached;

@@ -59,6 +59,7 @@ impl Lifecycle {
             identity: addressing.identity.clone(),
             init_containers,
             containers,
+            notice: None,
         }
     }
 

@@ -8,20 +8,19 @@ use k8s_openapi::{
         DaemonEndpoint, Node, NodeAddress, NodeCondition, NodeDaemonEndpoints, NodeSpec, NodeStatus,
         NodeSystemInfo, Taint,
     },
-    apimachinery::pkg::{
-        api::resource::Quantity,
-        apis::meta::v1::{ObjectMeta, Time},
-    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use pool_agent_api::Resources;
-use serde_json::{Map, Value, json};
+use pool_cell::{
+    host::KUBELET_VERSION,
+    patch::{self, Finding},
+    quantity::quantities,
+};
+use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use super::Identity;
 use crate::{config, pool::HostTable};
-
-/// The Kubernetes release whose node this is; what skew checks look at.
-const KUBELET_VERSION: &str = concat!("v1.37.2+spindrift.", env!("CARGO_PKG_VERSION"));
 
 /// What pods may use now: the quota, or what the hosts in reach have.
 pub(crate) fn allocatable(identity: &Identity, hosts: &HostTable) -> Resources {
@@ -157,36 +156,7 @@ impl Shape {
     /// What of the status differs; all conditions, with fresh heartbeats, if
     /// anything does or it is `due`.
     pub(super) fn status_patch(&self, node: &Node, due: bool) -> Option<Value> {
-        let current = object(node.status.clone().unwrap_or_default());
-        let mut changes = Map::new();
-        for (field, new) in object(self.status.clone()) {
-            let old = current.get(&field);
-            let differs = match field.as_str() {
-                "conditions" => !settled(old, &new),
-                _ => old != Some(&new),
-            };
-            if !differs {
-                continue;
-            }
-            let new = match (old, new) {
-                // Maps are merged: what is gone has to be named.
-                (Some(Value::Object(old)), Value::Object(mut new)) => {
-                    for key in old.keys() {
-                        new.entry(key).or_insert(Value::Null);
-                    }
-                    Value::Object(new)
-                }
-                (_, new) => new,
-            };
-            changes.insert(field, new);
-        }
-        if changes.is_empty() && !due {
-            return None;
-        }
-        if let Ok(conditions) = serde_json::to_value(&self.status.conditions) {
-            changes.insert("conditions".into(), conditions);
-        }
-        Some(json!({"metadata": {"uid": node.metadata.uid}, "status": changes}))
+        patch::node_status(node, &self.status, due)
     }
 }
 
@@ -196,62 +166,7 @@ const NATIVE: &str = match std::env::consts::ARCH.as_bytes() {
     _ => "amd64",
 };
 
-fn object(status: NodeStatus) -> Map<String, Value> {
-    match serde_json::to_value(status) {
-        Ok(Value::Object(map)) => map,
-        // A NodeStatus is an object of plain data.
-        Ok(_) | Err(_) => Map::new(),
-    }
-}
-
-/// Whether each condition of ours stands there, but for its heartbeat.
-fn settled(old: Option<&Value>, new: &Value) -> bool {
-    let bare = |condition: &Value| {
-        let mut condition = condition.clone();
-        if let Some(map) = condition.as_object_mut() {
-            map.remove("lastHeartbeatTime");
-        }
-        condition
-    };
-    let old: Vec<Value> = old
-        .and_then(Value::as_array)
-        .into_iter()
-        .flatten()
-        .map(bare)
-        .collect();
-    new.as_array()
-        .into_iter()
-        .flatten()
-        .all(|c| old.contains(&bare(c)))
-}
-
-fn quantities(r: Resources) -> BTreeMap<String, Quantity> {
-    let cpu = if r.cpu_millis.is_multiple_of(1000) {
-        (r.cpu_millis / 1000).to_string()
-    } else {
-        format!("{}m", r.cpu_millis)
-    };
-    // In the API server's own spelling: it gives back what it was told.
-    let bytes = |n: u64| {
-        if n > 0 && n.is_multiple_of(1024) {
-            format!("{}Ki", n / 1024)
-        } else {
-            n.to_string()
-        }
-    };
-    BTreeMap::from([
-        ("cpu".into(), Quantity(cpu)),
-        ("memory".into(), Quantity(bytes(r.memory_bytes))),
-        (
-            "ephemeral-storage".into(),
-            Quantity(bytes(r.ephemeral_storage_bytes)),
-        ),
-        ("pods".into(), Quantity(r.sandboxes.to_string())),
-    ])
-}
-
 fn conditions(reachable: usize, hosts: usize, old: &[NodeCondition], now: Timestamp) -> Vec<NodeCondition> {
-    let now = Timestamp::from_second(now.as_second()).unwrap_or(now);
     let ready = if reachable > 0 {
         (true, "PoolReady", "hosts of the pool are in reach".to_owned())
     } else {
@@ -268,29 +183,20 @@ fn conditions(reachable: usize, hosts: usize, old: &[NodeCondition], now: Timest
         fine("hosts of the pool have sufficient PIDs available"),
         fine("each host routes its slice of the pod range"),
     );
-    [
+    let findings = [
         ("MemoryPressure", memory.0, "KubeletHasSufficientMemory", memory.1),
         ("DiskPressure", disk.0, "KubeletHasNoDiskPressure", disk.1),
         ("PIDPressure", pid.0, "KubeletHasSufficientPID", pid.1),
         ("NetworkUnavailable", network.0, "RouteCreated", network.1),
         ("Ready", ready.0, ready.1, ready.2),
     ]
-    .map(|(kind, holds, reason, message)| {
-        let status = if holds { "True" } else { "False" };
-        let since = old
-            .iter()
-            .find(|c| c.type_ == kind && c.status == status)
-            .and_then(|c| c.last_transition_time.clone());
-        NodeCondition {
-            type_: kind.into(),
-            status: status.into(),
-            reason: Some(reason.into()),
-            message: Some(message),
-            last_heartbeat_time: Some(Time(now)),
-            last_transition_time: Some(since.unwrap_or(Time(now))),
-        }
-    })
-    .into()
+    .map(|(kind, holds, reason, message)| Finding {
+        kind,
+        holds,
+        reason,
+        message,
+    });
+    patch::conditions(findings, old, now)
 }
 
 fn node_info(identity: &Identity, hosts: &HostTable) -> NodeSystemInfo {

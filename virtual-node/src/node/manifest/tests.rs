@@ -2,6 +2,8 @@ use std::sync::Arc;
 
 use pool_agent_api::Host;
 
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+
 use super::*;
 use crate::{config::TaintEffect, pool::HostView};
 

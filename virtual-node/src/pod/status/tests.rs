@@ -88,6 +88,7 @@ fn sandbox(state: SandboxState, init: Vec<ContainerStatus>, app: Vec<ContainerSt
         identity: Some("spiffe://cluster.local/ns/shop/sa/web".into()),
         init_containers: init,
         containers: app,
+        notice: None,
     }
 }
 

@@ -1,23 +1,54 @@
 //! Kubernetes quantities (`250m`, `1.5Gi`, `2e3`) as whole numbers.
 //!
-//! Used by whoever reads resources: translate, placement, config. Amounts are
+//! Used by whoever reads resources, of a Pod, a claim, a Node or a setting. Amounts are
 //! rounded up, as Kubernetes does, so that a claim never shrinks. Source: the
 //! API conventions' grammar of `resource.Quantity`.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+use pool_agent_api::Resources;
 
 /// Not a quantity, negative, or larger than 2^64.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{text:?} is not an amount such as 250m, 1.5 or 64Mi")]
-pub(crate) struct InvalidQuantity {
+pub struct InvalidQuantity {
     text: String,
 }
 
+/// Amounts as Kubernetes writes them, in the API server's own spelling where that is
+/// easily had: it gives back what it was told.
+pub fn quantities(r: Resources) -> BTreeMap<String, Quantity> {
+    let cpu = if r.cpu_millis.is_multiple_of(1000) {
+        (r.cpu_millis / 1000).to_string()
+    } else {
+        format!("{}m", r.cpu_millis)
+    };
+    let bytes = |n: u64| {
+        if n > 0 && n.is_multiple_of(1024) {
+            format!("{}Ki", n / 1024)
+        } else {
+            n.to_string()
+        }
+    };
+    BTreeMap::from([
+        ("cpu".into(), Quantity(cpu)),
+        ("memory".into(), Quantity(bytes(r.memory_bytes))),
+        (
+            "ephemeral-storage".into(),
+            Quantity(bytes(r.ephemeral_storage_bytes)),
+        ),
+        ("pods".into(), Quantity(r.sandboxes.to_string())),
+    ])
+}
+
 /// The amount in thousandths: CPU.
-pub(crate) fn millis(text: &str) -> Result<u64, InvalidQuantity> {
+pub fn millis(text: &str) -> Result<u64, InvalidQuantity> {
     scaled(text, 1000)
 }
 
 /// The amount in units: bytes, counts.
-pub(crate) fn whole(text: &str) -> Result<u64, InvalidQuantity> {
+pub fn whole(text: &str) -> Result<u64, InvalidQuantity> {
     scaled(text, 1)
 }
 

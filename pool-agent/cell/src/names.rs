@@ -1,0 +1,91 @@
+//! Names, labels and annotations in the cell.
+
+use pool_agent_api::{Invalid, Namespace, SandboxKey, TenantId};
+
+/// Keeps pods away from the pool's hosts that are no claims.
+pub const POOL_TAINT: &str = "spindrift.dev/pool";
+/// Of a claim: the UID of the pod in its tenant's cluster.
+pub const POD_UID: &str = "spindrift.dev/pod-uid";
+/// Of a claim: the attempt, in decimal digits.
+pub const ATTEMPT: &str = "spindrift.dev/attempt";
+/// Of a claim: the UID of the pod's controller, which its siblings share.
+pub const OWNER: &str = "spindrift.dev/owner";
+/// Annotation of a claim: `namespace/name` of the pod in its tenant's cluster.
+pub const POD: &str = "spindrift.dev/pod";
+/// Annotation of a claim: the virtual node that the pod is bound to.
+pub const NODE: &str = "spindrift.dev/node";
+/// Annotation of a claim, written by the host's agent: `ADDRESS:PORT`, where it
+/// serves.
+pub const AGENT: &str = "spindrift.dev/agent";
+/// Label of a Node: what kind of host it is, in the operator's words.
+pub const CLASS: &str = "spindrift.dev/class";
+pub const ZONE: &str = "topology.kubernetes.io/zone";
+pub const REGION: &str = "topology.kubernetes.io/region";
+pub const HOSTNAME: &str = "kubernetes.io/hostname";
+pub const ARCH: &str = "kubernetes.io/arch";
+pub const OS: &str = "kubernetes.io/os";
+
+/// Annotation of a bootstrap token's Secret: the host whose it is.
+pub const HOST: &str = "spindrift.dev/host";
+/// Annotation of a bootstrap token's Secret: the UID of the one request that it was
+/// good for.
+pub const USED_BY: &str = "spindrift.dev/used-by";
+/// Annotation of a host's request for a certificate: which machine it is.
+pub const MACHINE: &str = "spindrift.dev/machine-id";
+/// Group of the bootstrap tokens of hosts.
+pub const BOOTSTRAPPERS: &str = "system:bootstrappers:spindrift";
+/// Group of the hosts' own identities.
+pub const NODES: &str = "system:nodes";
+/// Signer of the hosts' client certificates.
+pub const CLIENT_SIGNER: &str = "kubernetes.io/kube-apiserver-client-kubelet";
+/// Where the hosts' Leases are.
+pub const LEASES: &str = "kube-node-lease";
+
+const TENANT_PREFIX: &str = "tenant-";
+
+/// The identity of a host in the cell, as its Node.
+pub fn host_user(host: &pool_agent_api::HostName) -> String {
+    format!("system:node:{host}")
+}
+
+/// The namespace of a tenant's claims. Refused for a tenant whose id is too long to
+/// have one.
+pub fn namespace_of(tenant: &TenantId) -> Result<Namespace, Invalid> {
+    Namespace::parse("tenant", format!("{TENANT_PREFIX}{tenant}")).map_err(|_| {
+        Invalid::new(
+            "tenant",
+            format_args!(
+                "{tenant} is too long for a namespace of its own in the cell: at most {} characters",
+                63 - TENANT_PREFIX.len()
+            ),
+        )
+    })
+}
+
+/// Whose claims a namespace holds; None if it is no tenant's.
+pub fn tenant_of(namespace: &str) -> Option<TenantId> {
+    TenantId::parse("namespace", namespace.strip_prefix(TENANT_PREFIX)?).ok()
+}
+
+/// The name of the claim for one attempt of one pod.
+pub fn claim_name(key: &SandboxKey) -> String {
+    format!("{}-{}", key.pod, key.attempt)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tenant_is_found_again_from_its_namespace_and_nobody_elses() {
+        let tenant: TenantId = "acme".parse().unwrap();
+        let namespace = namespace_of(&tenant).unwrap();
+        assert_eq!(namespace.as_str(), "tenant-acme");
+        assert_eq!(tenant_of(namespace.as_str()), Some(tenant));
+        for other in ["acme", "kube-system", "tenant-", "tenant--", "tenant-a_b"] {
+            assert_eq!(tenant_of(other), None, "{other}");
+        }
+        let long: TenantId = "x".repeat(57).parse().unwrap();
+        assert!(namespace_of(&long).unwrap_err().problem.contains("56"));
+    }
+}
