@@ -21,11 +21,12 @@ use std::{
     time::Duration,
 };
 
+use bounds::Seldom;
 use hickory_proto::op::{Message, MessageType, OpCode, ResponseCode};
 use tokio::{
     io::AsyncWriteExt,
     net::{TcpListener, TcpStream, UdpSocket},
-    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    sync::watch,
     task::JoinSet,
     time::timeout,
 };
@@ -33,10 +34,7 @@ use tokio::{
 use crate::{netns::Netns, state::Reader, telemetry::Metrics};
 use upstream::Upstream;
 
-/// Questions of all pods under way at once, and TCP connections. A question
-/// lives for `upstream::DEADLINE` at most, a silent connection for `TCP_IDLE`.
-const MAX_UNDER_WAY: usize = 512;
-const MAX_CONNECTIONS: usize = 256;
+/// A question lives for `upstream::DEADLINE` at most, a silent connection for this.
 const TCP_IDLE: Duration = Duration::from_secs(10);
 /// Questions are short; this is what EDNS lets a client say at most.
 const MAX_DATAGRAM: usize = 4096;
@@ -59,7 +57,14 @@ pub struct Config {
     pub metrics: Arc<Metrics>,
     /// Who the pod at an address is. None for nobody of this tenant.
     pub client: Arc<dyn Fn(IpAddr) -> Option<Client> + Send + Sync>,
+    /// A place among the questions under way for the pod at an address. None if its
+    /// share is used up.
+    pub admit: Admit,
 }
+
+/// Kept while a question is under way, or a connection open to ask some.
+pub type Place = crate::limits::Place;
+type Admit = Arc<dyn Fn(IpAddr) -> Option<Place> + Send + Sync>;
 
 #[derive(Debug, thiserror::Error)]
 pub enum StartDnsError {
@@ -74,7 +79,7 @@ struct Dns {
     synced: watch::Receiver<bool>,
     metrics: Arc<Metrics>,
     client: Arc<dyn Fn(IpAddr) -> Option<Client> + Send + Sync>,
-    under_way: Arc<Semaphore>,
+    admit: Admit,
 }
 
 /// Serves on `tasks`.
@@ -88,7 +93,7 @@ pub fn start(config: Config, tasks: &mut JoinSet<()>) -> Result<(), StartDnsErro
         synced: config.synced,
         metrics: config.metrics,
         client: config.client,
-        under_way: Arc::new(Semaphore::new(MAX_UNDER_WAY)),
+        admit: config.admit,
     });
     tasks.spawn(datagrams(dns.clone(), udp));
     tasks.spawn(connections(dns, tcp));
@@ -113,7 +118,13 @@ async fn datagrams(dns: Arc<Dns>, socket: UdpSocket) {
         match dns.at_once(question, peer.ip()) {
             Step::Done(reply) => answer_by(&socket, reply, peer),
             Step::Nothing => {}
-            Step::Wait(place) => {
+            Step::Wait => {
+                let Some(place) = (dns.admit)(peer.ip()) else {
+                    if let Step::Done(reply) = refuse(question, ResponseCode::ServFail) {
+                        answer_by(&socket, reply, peer);
+                    }
+                    continue;
+                };
                 let (dns, socket, question) = (dns.clone(), socket.clone(), question.to_vec());
                 tokio::spawn(async move {
                     if let Some(reply) = dns.later(&question, peer.ip(), Transport::Udp).await {
@@ -127,14 +138,15 @@ async fn datagrams(dns: Arc<Dns>, socket: UdpSocket) {
 }
 
 async fn connections(dns: Arc<Dns>, listener: TcpListener) {
-    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let told = Seldom::default();
     loop {
-        // Nobody closes it.
-        let Ok(place) = room.clone().acquire_owned().await else {
-            return;
-        };
         match listener.accept().await {
             Ok((stream, peer)) => {
+                let Some(place) = (dns.admit)(peer.ip()) else {
+                    // If it is gone already, there is nothing to reset.
+                    let _gone = stream.set_zero_linger();
+                    continue;
+                };
                 let dns = dns.clone();
                 tokio::spawn(async move {
                     // A client that breaks off has its answer in that.
@@ -143,7 +155,9 @@ async fn connections(dns: Arc<Dns>, listener: TcpListener) {
                 });
             }
             Err(error) => {
-                tracing::debug!(%error, "cannot accept DNS connections");
+                if let Some(left_out) = told.due(std::time::Instant::now()) {
+                    tracing::warn!(%error, left_out, "cannot accept DNS connections");
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -161,7 +175,8 @@ async fn connection(dns: &Arc<Dns>, mut stream: TcpStream, peer: IpAddr) -> io::
         let answer = match dns.at_once(&question, peer) {
             Step::Done(message) => Some(message),
             Step::Nothing => None,
-            Step::Wait(_place) => dns.later(&question, peer, Transport::Tcp).await,
+            // Within the connection's own place.
+            Step::Wait => dns.later(&question, peer, Transport::Tcp).await,
         };
         let Some(answer) = answer.and_then(|answer| answer.bytes(Transport::Tcp)) else {
             return Ok(());
@@ -188,8 +203,8 @@ enum Step {
     Done(Reply),
     /// It gets no answer.
     Nothing,
-    /// [`Dns::later`] answers it, within the place it took.
-    Wait(OwnedSemaphorePermit),
+    /// [`Dns::later`] answers it.
+    Wait,
 }
 
 enum Reply {
@@ -250,10 +265,7 @@ impl Dns {
                 Answer::PassOn => {}
             }
         }
-        match self.under_way.clone().try_acquire_owned() {
-            Ok(place) => Step::Wait(place),
-            Err(_) => refuse(question, ResponseCode::ServFail),
-        }
+        Step::Wait
     }
 
     async fn later(&self, question: &[u8], peer: IpAddr, transport: Transport) -> Option<Reply> {

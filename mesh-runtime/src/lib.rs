@@ -5,6 +5,7 @@ pub mod balance;
 pub mod control;
 pub mod dns;
 pub mod identity;
+pub mod limits;
 pub mod netns;
 pub mod off_limits;
 pub mod pod;

@@ -29,15 +29,16 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
+use bounds::Seldom;
 use ipnet::IpNet;
 use mesh_api::{Identity, InvalidIdentity};
 use pool_agent_api::{HostName, SandboxKey, Tenant};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore, watch},
+    sync::watch,
     task::JoinSet,
 };
 
@@ -45,6 +46,7 @@ use crate::{
     control::{self, OpenControlError, PoolTls},
     dns::{self, StartDnsError, Zone},
     identity::{Certificate, CertificateState, Certificates},
+    limits::{Peer, Shares, TenantShares, UsedUp},
     netns::Netns,
     pod::{Mode, PodRecord},
     policy::{Facts, Verdict},
@@ -53,6 +55,7 @@ use crate::{
     telemetry::{Metrics, Party},
     xds::{self, Subscriber},
 };
+use copy::Patience;
 use destination::Network;
 use dial::Dialer;
 use failure::Failure;
@@ -63,12 +66,6 @@ use pods::{LocalPod, Pods};
 /// How long a connection waits for what may still be on its way: the mesh's
 /// state, its pod's certificate, its peer's workload.
 const WAIT: Duration = Duration::from_secs(5);
-/// Connections of one tenant on one host, tunnels included. Each costs two
-/// descriptors and a few KiB; further ones wait in the listener's queue.
-const MAX_CONNECTIONS: usize = 32_768;
-/// Tunnels whose peer has not proved yet who it is. Further ones are dropped:
-/// whoever opens them needs nothing but an address.
-const MAX_STRANGERS: usize = 512;
 /// After an accept that failed for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -86,6 +83,8 @@ pub struct TenantProxyConfig {
     pub pool_tls: Arc<PoolTls>,
     /// Shared by all tenants of the process.
     pub metrics: Arc<Metrics>,
+    /// The same: what its connections may hold of the host's.
+    pub shares: Arc<Shares>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -127,6 +126,7 @@ struct Mesh {
     dialer: Dialer,
     outliers: Mutex<Outliers>,
     metrics: Arc<Metrics>,
+    shares: TenantShares,
 }
 
 impl TenantProxy {
@@ -141,6 +141,7 @@ impl TenantProxy {
             listeners,
             pool_tls,
             metrics,
+            shares,
         } = config;
         let channel = control::connect(&tenant, &pool_tls)?;
         let (writer, state) = state::open();
@@ -169,6 +170,7 @@ impl TenantProxy {
             dialer: Dialer::new(router.clone()),
             outliers: Mutex::default(),
             metrics,
+            shares: shares.tenant(),
         });
 
         let Listeners {
@@ -186,14 +188,11 @@ impl TenantProxy {
         let hbone = take("HBONE", hbone)?;
 
         let mut tasks = JoinSet::new();
-        let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        tasks.spawn(accept(outbound, room.clone(), mesh.clone(), Mesh::captured));
-        tasks.spawn(accept(inbound, room.clone(), mesh.clone(), Mesh::arrived));
-        let strangers = Arc::new(Semaphore::new(MAX_STRANGERS));
-        tasks.spawn(accept(hbone, room, mesh.clone(), move |mesh, accepted| {
-            mesh.tunnelled(accepted, &strangers);
-        }));
+        tasks.spawn(accept(outbound, mesh.clone(), Mesh::captured));
+        tasks.spawn(accept(inbound, mesh.clone(), Mesh::arrived));
+        tasks.spawn(accept(hbone, mesh.clone(), Mesh::tunnelled));
         let asking = mesh.clone();
+        let admitting = mesh.clone();
         dns::start(
             dns::Config {
                 zone: Zone {
@@ -214,6 +213,7 @@ impl TenantProxy {
                         namespace: pod.namespace.clone(),
                     })
                 }),
+                admit: Arc::new(move |address| admitting.question(address)),
             },
             &mut tasks,
         )?;
@@ -250,12 +250,19 @@ impl TenantProxy {
                 Mode::Unmeshed => None,
             };
             let live = Arc::new(Live::default());
+            let shares = Arc::new(mesh.shares.pod());
             Ok(LocalPod {
                 uid: format!("{}//Pod/{}/{}", mesh.cluster, pod.namespace, pod.name).into(),
                 namespace: pod.namespace.as_str().into(),
                 name: pod.name.as_str().into(),
                 lease,
-                tunnels: hbone::Pool::new(mesh.dialer.clone(), mesh.metrics.clone(), live.closing().clone()),
+                tunnels: hbone::Pool::new(
+                    mesh.dialer.clone(),
+                    mesh.metrics.clone(),
+                    shares.clone(),
+                    live.closing().clone(),
+                ),
+                shares,
                 live,
                 record: pod,
             })
@@ -315,34 +322,28 @@ impl Drop for TenantProxy {
     }
 }
 
-/// A connection that a listener took, with its place among the tenant's.
+/// A connection that a listener took.
 struct Accepted {
     tcp: TcpStream,
     peer: SocketAddr,
     /// Where it was going when it was captured.
     target: SocketAddr,
-    place: OwnedSemaphorePermit,
 }
 
-/// Takes connections while there is room for them.
-async fn accept(
-    listener: TcpListener,
-    room: Arc<Semaphore>,
-    mesh: Arc<Mesh>,
-    serve: impl Fn(&Arc<Mesh>, Accepted),
-) {
+/// Takes every connection at once: whether it has a place is decided by whose it is,
+/// so nobody waits behind another's.
+async fn accept(listener: TcpListener, mesh: Arc<Mesh>, serve: impl Fn(&Arc<Mesh>, Accepted)) {
+    let told = Seldom::default();
     loop {
-        // Nobody closes it.
-        let Ok(place) = room.clone().acquire_owned().await else {
-            return;
-        };
         let taken = match listener.accept().await {
             Ok((tcp, peer)) => tcp
                 .local_addr()
                 .and_then(|target| dial::prepare(&tcp).map(|()| (tcp, peer, target))),
             Err(error) => {
                 if !is_the_connections(&error) {
-                    tracing::warn!(%error, "cannot accept connections");
+                    if let Some(left_out) = told.due(Instant::now()) {
+                        tracing::warn!(%error, left_out, "cannot accept connections");
+                    }
                     mesh.metrics.refused("accept");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
@@ -351,15 +352,7 @@ async fn accept(
         };
         // A connection that is gone already leaves nothing to serve.
         if let Ok((tcp, peer, target)) = taken {
-            serve(
-                &mesh,
-                Accepted {
-                    tcp,
-                    peer,
-                    target,
-                    place,
-                },
-            );
+            serve(&mesh, Accepted { tcp, peer, target });
         }
     }
 }
@@ -401,14 +394,13 @@ async fn recheck(mesh: Arc<Mesh>) {
 impl Mesh {
     /// Of a pod of this host.
     fn captured(self: &Arc<Self>, accepted: Accepted) {
-        let Accepted {
-            tcp,
-            peer,
-            target,
-            place,
-        } = accepted;
+        let Accepted { tcp, peer, target } = accepted;
         let Some(pod) = self.pods.at(peer.ip()) else {
             return self.stranger(&tcp, "unknown_pod");
+        };
+        let place = match pod.shares.outbound() {
+            Ok(place) => place,
+            Err(used_up) => return self.used_up(&tcp, &pod, used_up, None),
         };
         let (mesh, served) = (self.clone(), pod.clone());
         pod.live.spawn(move |subject| async move {
@@ -419,14 +411,13 @@ impl Mesh {
 
     /// Plaintext to a pod of this host.
     fn arrived(self: &Arc<Self>, accepted: Accepted) {
-        let Accepted {
-            tcp,
-            peer,
-            target,
-            place,
-        } = accepted;
+        let Accepted { tcp, peer, target } = accepted;
         let Some(pod) = self.pods.at(target.ip()) else {
             return self.stranger(&tcp, "unknown_pod");
+        };
+        let place = match pod.shares.inbound(Peer::Address(peer.ip())) {
+            Ok(place) => place,
+            Err(used_up) => return self.used_up(&tcp, &pod, used_up, Some(peer.ip())),
         };
         let (mesh, served) = (self.clone(), pod.clone());
         pod.live.spawn(move |subject| async move {
@@ -434,7 +425,7 @@ impl Mesh {
                 address: peer,
                 identity: None,
                 subject,
-                opened: std::time::Instant::now(),
+                opened: Instant::now(),
             };
             inbound::plaintext(mesh, served, tcp, client, target).await;
             drop(place);
@@ -442,24 +433,48 @@ impl Mesh {
     }
 
     /// A tunnel to a pod of this host.
-    fn tunnelled(self: &Arc<Self>, accepted: Accepted, strangers: &Arc<Semaphore>) {
-        let Accepted {
-            tcp,
-            peer,
-            target,
-            place,
-        } = accepted;
+    fn tunnelled(self: &Arc<Self>, accepted: Accepted) {
+        let Accepted { tcp, peer, target } = accepted;
         let Some(pod) = self.pods.at(target.ip()) else {
             return self.stranger(&tcp, "unknown_pod");
         };
-        let Ok(stranger) = strangers.clone().try_acquire_owned() else {
-            return self.stranger(&tcp, "too_many_strangers");
-        };
+        let guest = self.shares.come(peer.ip(), self.is_known(peer.ip()));
         let (mesh, served) = (self.clone(), pod.clone());
         pod.live.spawn(move |_| async move {
-            hbone::server::serve(mesh, served, tcp, peer, stranger).await;
-            drop(place);
+            hbone::server::serve(mesh, served, tcp, peer, guest).await;
         });
+    }
+
+    /// Whether the mesh has a workload at the address. It proves nothing, but who is
+    /// none of them does not stand in their way.
+    fn is_known(&self, address: IpAddr) -> bool {
+        let state = self.state.snapshot();
+        self.pods.at(address).is_some() || state.workload_at(&self.network.name, address).is_some()
+    }
+
+    /// For a DNS question of the pod at the address.
+    fn question(&self, address: IpAddr) -> Option<dns::Place> {
+        let pod = self.pods.at(address)?;
+        match pod.shares.question() {
+            Ok(place) => Some(place),
+            Err(used_up) => {
+                pod.shares.tell(&pod.record, used_up, None);
+                None
+            }
+        }
+    }
+
+    fn used_up(&self, tcp: &TcpStream, pod: &LocalPod, used_up: UsedUp, peer: Option<IpAddr>) {
+        pod.shares.tell(&pod.record, used_up, peer);
+        self.stranger(tcp, "share");
+    }
+
+    fn patience(&self) -> Patience {
+        let limits = self.shares.limits();
+        Patience {
+            idle: limits.idle,
+            half_closed: limits.half_closed,
+        }
     }
 
     fn stranger(&self, tcp: &TcpStream, reason: &'static str) {

@@ -23,6 +23,7 @@ use std::{
     time::Duration,
 };
 
+use bounds::Bounds;
 use mesh_api::InvalidIdentity;
 use pool_agent_api::{Attempt, HostName, SandboxKey, Tenant, TenantId};
 use prometheus_client::registry::Registry;
@@ -33,6 +34,7 @@ use self::{drive::Drain, metrics::RuntimeMetrics, tenant::OpenTenant};
 use crate::{
     attachment::AttachmentState,
     control::{InvalidPoolTls, PoolTls},
+    limits::{Limits, Shares},
     pod::PodRecord,
     redirect::{Device, RouterError},
     telemetry::Metrics,
@@ -46,6 +48,8 @@ pub struct Config {
     pub bpffs: PathBuf,
     /// The host's credentials towards tenants' mesh control planes.
     pub pool_tls: PoolTls,
+    /// What pods, peers and tenants may hold of it.
+    pub limits: Limits,
 }
 
 /// A pod to be attached.
@@ -114,6 +118,7 @@ pub struct MeshRuntime {
     pool_tls: Arc<PoolTls>,
     traffic: Arc<Metrics>,
     metrics: Arc<RuntimeMetrics>,
+    shares: Arc<Shares>,
     /// Held while a tenant is opened or closed, so that this happens once.
     tenants: tokio::sync::Mutex<HashMap<TenantId, Arc<OpenTenant>>>,
     attached: Arc<Attached>,
@@ -142,12 +147,14 @@ impl MeshRuntime {
     /// Nothing is opened yet: what an earlier process left goes on dropping
     /// until [`Self::open_tenant`]. Registers the mesh's metrics.
     pub fn start(config: Config, registry: &mut Registry) -> Self {
+        let bounds = Bounds::register(registry.sub_registry_with_prefix("mesh"));
         Self {
             host: config.host,
             bpffs: config.bpffs,
             pool_tls: Arc::new(config.pool_tls),
             traffic: Arc::new(Metrics::register(registry)),
             metrics: RuntimeMetrics::register(registry),
+            shares: Shares::new(config.limits, &bounds),
             tenants: Default::default(),
             attached: Default::default(),
         }

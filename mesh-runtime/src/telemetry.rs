@@ -243,6 +243,11 @@ impl Flow {
         self.series.sent.inc_by(bytes as u64);
     }
 
+    /// Bytes so far, both ways.
+    pub fn carried(&self) -> u64 {
+        self.received.load(Ordering::Relaxed) + self.sent.load(Ordering::Relaxed)
+    }
+
     pub fn succeed(mut self) {
         self.end.error = None;
     }

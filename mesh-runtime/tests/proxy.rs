@@ -18,5 +18,7 @@ mod lifetime;
 mod policy;
 #[path = "proxy/reach.rs"]
 mod reach;
+#[path = "proxy/shares.rs"]
+mod shares;
 #[path = "proxy/traffic.rs"]
 mod traffic;

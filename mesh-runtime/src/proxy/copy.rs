@@ -3,7 +3,8 @@
 //!
 //! Either direction ends on its own (half-close is carried through) and the
 //! connection ends with both. A failure of one ends both, and is told by reset.
-//! Idle connections hold no buffer; busy ones grow theirs. Nothing is read from
+//! One that carries nothing for long is ended ([`Patience`]), sooner when one side has
+//! said its last. Idle connections hold no buffer; busy ones grow theirs. Nothing is read from
 //! one side while the other has no room, and at most a piece beyond its room.
 //!
 //! Sockets are read and written through tokio's own traits, which learn from a
@@ -15,11 +16,16 @@ use std::{
     future::{Future, poll_fn},
     io::{self, IoSlice},
     pin::pin,
+    sync::atomic::{AtomicBool, Ordering},
     task::{Poll, ready},
+    time::Duration,
 };
 
 use bytes::{Buf, Bytes};
-use futures::future::{Either, select};
+use futures::{
+    FutureExt,
+    future::{Either, select},
+};
 use h2::{RecvStream, SendStream};
 use tokio::{
     io::{AsyncWriteExt, Interest},
@@ -27,6 +33,7 @@ use tokio::{
         TcpStream,
         tcp::{ReadHalf, WriteHalf},
     },
+    time::Instant,
 };
 
 use super::intake::Intake;
@@ -52,6 +59,18 @@ pub(crate) enum CopyError {
     Stream(#[source] h2::Error),
     #[error("the tunnel's stream was closed")]
     StreamClosed,
+    #[error("nothing was carried for {} s", .0.as_secs())]
+    Idle(Duration),
+}
+
+impl CopyError {
+    fn seen_from_the_far_side(self) -> Self {
+        match self {
+            Self::Socket(e) => Self::FarSocket(e),
+            Self::FarSocket(e) => Self::Socket(e),
+            other => other,
+        }
+    }
 }
 
 /// Who counts, and in which direction the bytes go.
@@ -72,6 +91,19 @@ impl<'a> Meter<'a> {
     fn sent(&self, bytes: usize) {
         self.flows.iter().for_each(|flow| flow.sent(bytes));
     }
+
+    /// Both ways, since the connection was opened. All flows count the same.
+    fn carried(&self) -> u64 {
+        self.flows.first().map_or(0, Flow::carried)
+    }
+}
+
+/// How long a connection may carry nothing.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Patience {
+    pub(crate) idle: Duration,
+    /// Once one side has said its last. Not longer than `idle`.
+    pub(crate) half_closed: Duration,
 }
 
 /// Between the client's socket and the server's.
@@ -79,20 +111,65 @@ pub(crate) async fn sockets(
     client: &mut TcpStream,
     server: &mut TcpStream,
     meter: Meter<'_>,
+    patience: Patience,
 ) -> Result<(), CopyError> {
     let (client_read, client_write) = client.split();
     let (server_read, server_write) = server.split();
-    let up = socket_to_socket(client_read, server_write, |n| meter.received(n));
-    let down = async {
-        socket_to_socket(server_read, client_write, |n| meter.sent(n))
-            .await
-            .map_err(|error| match error {
-                CopyError::Socket(e) => CopyError::FarSocket(e),
-                CopyError::FarSocket(e) => CopyError::Socket(e),
-                other => other,
-            })
+    let half = AtomicBool::new(false);
+    let copied = async {
+        let mut up = pin!(socket_to_socket(client_read, server_write, |n| meter.received(n)));
+        let down = async {
+            let copied = socket_to_socket(server_read, client_write, |n| meter.sent(n)).await;
+            copied.map_err(CopyError::seen_from_the_far_side)
+        };
+        let mut down = pin!(down);
+        match select(up.as_mut(), down.as_mut()).await {
+            Either::Left((done, _)) => {
+                let client = done?;
+                half.store(true, Ordering::Relaxed);
+                outlive(&client, down.map(|done| done.map(drop)), CopyError::Socket).await
+            }
+            Either::Right((done, _)) => {
+                let server = done?;
+                half.store(true, Ordering::Relaxed);
+                outlive(&server, up.map(|done| done.map(drop)), CopyError::FarSocket).await
+            }
+        }
     };
-    futures::try_join!(up, down).map(|_| ())
+    patient(copied, meter, &half, patience).await
+}
+
+/// Gives a connection up that carries nothing for too long. Looked at now and then,
+/// so that bytes cost nothing: it ends at the latest after twice its time.
+async fn patient(
+    copied: impl Future<Output = Result<(), CopyError>>,
+    meter: Meter<'_>,
+    half: &AtomicBool,
+    patience: Patience,
+) -> Result<(), CopyError> {
+    let mut copied = pin!(copied);
+    let mut ticks = pin!(tokio::time::sleep(patience.half_closed));
+    let mut carried = meter.carried();
+    let (mut quiet, mut was_half) = (Duration::ZERO, false);
+    loop {
+        match select(copied.as_mut(), ticks.as_mut()).await {
+            Either::Left((done, _)) => return done,
+            Either::Right(_) => {}
+        }
+        ticks.as_mut().reset(Instant::now() + patience.half_closed);
+        let (now, is_half) = (meter.carried(), half.load(Ordering::Relaxed));
+        let moved = std::mem::replace(&mut carried, now) != now;
+        // Its own time begins with the half's end.
+        let turned = std::mem::replace(&mut was_half, is_half) != is_half;
+        quiet = if moved || turned {
+            Duration::ZERO
+        } else {
+            quiet + patience.half_closed
+        };
+        if (is_half && !quiet.is_zero()) || quiet >= patience.idle {
+            return Err(CopyError::Idle(quiet));
+        }
+    }
 }
 
 /// Between a client's socket and the stream of a tunnel to its server.
@@ -101,13 +178,16 @@ pub(crate) async fn client_to_tunnel(
     send: &mut SendStream<Bytes>,
     receive: &mut RecvStream,
     meter: Meter<'_>,
+    patience: Patience,
 ) -> Result<(), CopyError> {
     let (read, write) = client.split();
-    both(
+    let half = AtomicBool::new(false);
+    let copied = both(
         socket_to_stream(read, send, |n| meter.received(n)),
         stream_to_socket(receive, write, |n| meter.sent(n)),
-    )
-    .await
+        &half,
+    );
+    patient(copied, meter, &half, patience).await
 }
 
 /// Between the stream of a client's tunnel and its server's socket.
@@ -116,13 +196,16 @@ pub(crate) async fn tunnel_to_server(
     send: &mut SendStream<Bytes>,
     receive: &mut RecvStream,
     meter: Meter<'_>,
+    patience: Patience,
 ) -> Result<(), CopyError> {
     let (read, write) = server.split();
-    both(
+    let half = AtomicBool::new(false);
+    let copied = both(
         socket_to_stream(read, send, |n| meter.sent(n)),
         stream_to_socket(receive, write, |n| meter.received(n)),
-    )
-    .await
+        &half,
+    );
+    patient(copied, meter, &half, patience).await
 }
 
 /// Drives both directions. When the application has said its last, nothing
@@ -131,25 +214,37 @@ pub(crate) async fn tunnel_to_server(
 async fn both<'a>(
     from_socket: impl Future<Output = Result<ReadHalf<'a>, CopyError>>,
     to_socket: impl Future<Output = Result<(), CopyError>>,
+    half: &AtomicBool,
 ) -> Result<(), CopyError> {
     let mut from_socket = pin!(from_socket);
     let mut to_socket = pin!(to_socket);
     match select(from_socket.as_mut(), to_socket.as_mut()).await {
         Either::Left((done, _)) => {
             let socket = done?;
-            match select(to_socket, pin!(socket.ready(Interest::ERROR))).await {
-                Either::Left((done, _)) => done,
-                Either::Right((ready, rest)) => match ready.and_then(|_| pending_error(&socket)) {
-                    Err(error) => Err(CopyError::Socket(error)),
-                    // An event without an error to it: only the copy can tell.
-                    Ok(()) => rest.await,
-                },
-            }
+            half.store(true, Ordering::Relaxed);
+            outlive(&socket, to_socket, CopyError::Socket).await
         }
         Either::Right((done, rest)) => {
             done?;
+            half.store(true, Ordering::Relaxed);
             rest.await.map(|_| ())
         }
+    }
+}
+
+/// What is still to come, unless `socket`, which nothing reads any more, dies before.
+async fn outlive(
+    socket: &ReadHalf<'_>,
+    rest: impl Future<Output = Result<(), CopyError>>,
+    died: impl Fn(io::Error) -> CopyError,
+) -> Result<(), CopyError> {
+    match select(pin!(rest), pin!(socket.ready(Interest::ERROR))).await {
+        Either::Left((done, _)) => done,
+        Either::Right((ready, rest)) => match ready.and_then(|_| pending_error(socket)) {
+            Err(error) => Err(died(error)),
+            // An event without an error to it: only the copy can tell.
+            Ok(()) => rest.await,
+        },
     }
 }
 
@@ -160,16 +255,18 @@ fn pending_error(socket: &ReadHalf<'_>) -> io::Result<()> {
     }
 }
 
-async fn socket_to_socket(
-    mut from: ReadHalf<'_>,
+/// Gives the socket that was read back at its end.
+async fn socket_to_socket<'a>(
+    mut from: ReadHalf<'a>,
     mut to: WriteHalf<'_>,
     count: impl Fn(usize),
-) -> Result<(), CopyError> {
+) -> Result<ReadHalf<'a>, CopyError> {
     let mut intake = Intake::new(MAX_PIECE);
     loop {
         let read = poll_fn(|cx| intake.poll_read(&mut from, cx)).await;
         if read.map_err(CopyError::Socket)? == 0 {
-            return shutdown(to).await.map_err(CopyError::FarSocket);
+            shutdown(to).await.map_err(CopyError::FarSocket)?;
+            return Ok(from);
         }
         while intake.buffer.has_remaining() {
             let written = to.write_buf(&mut intake.buffer).await;

@@ -6,7 +6,7 @@ use mesh_api::Identity;
 
 use super::{dial::DialError, hbone::TunnelError};
 use crate::off_limits::Refused;
-use crate::{balance::NoEndpoint, policy::Verdict, state::Unsupported, telemetry::Flag};
+use crate::{balance::NoEndpoint, limits::UsedUp, policy::Verdict, state::Unsupported, telemetry::Flag};
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
@@ -42,6 +42,8 @@ pub(crate) enum Failure {
     Answer { status: http::StatusCode },
     #[error("the far side did not answer in time")]
     NoAnswer,
+    #[error("{0}")]
+    Share(#[from] UsedUp),
     #[error("the connection broke: {0}")]
     Broken(#[from] super::copy::CopyError),
 }
@@ -62,6 +64,7 @@ impl Failure {
             | Self::Dial(_)
             | Self::TunnelBroke { .. }
             | Self::Answer { .. }
+            | Self::Share(_)
             | Self::NoAnswer => Flag::Connect,
         }
     }
@@ -71,6 +74,8 @@ impl Failure {
         match self {
             Self::Dial(error) => error.is_the_peers(),
             Self::Tunnel(error) => error.is_the_peers(),
+            // A pod of this host that is full.
+            Self::Share(_) => true,
             Self::OtherPod | Self::TunnelBroke { .. } | Self::NoAnswer => true,
             // 503 says that the endpoint's application took no connection.
             Self::Answer { status } => *status == http::StatusCode::SERVICE_UNAVAILABLE,

@@ -19,7 +19,7 @@ use mesh_api::Identity;
 pub(crate) use pool::Pool;
 
 use super::dial::DialError;
-use crate::telemetry::Flag;
+use crate::{limits::UsedUp, telemetry::Flag};
 
 /// What a receiver buffers at most for one stream whose application does not
 /// read.
@@ -64,6 +64,8 @@ pub(crate) enum TunnelError {
     Http2(#[source] h2::Error),
     #[error("HTTP/2 took too long")]
     Http2Timeout,
+    #[error("{0}")]
+    Share(#[from] UsedUp),
     #[error("the pod is going")]
     Closed,
     /// A defect in the dialling task.
@@ -74,7 +76,7 @@ pub(crate) enum TunnelError {
 impl TunnelError {
     pub(crate) fn flag(&self) -> Flag {
         match self {
-            Self::Dial(_) | Self::Closed | Self::Died => Flag::Connect,
+            Self::Dial(_) | Self::Share(_) | Self::Closed | Self::Died => Flag::Connect,
             Self::Tls(_) | Self::TlsTimeout | Self::WrongPeer { .. } | Self::Certificate(_) => Flag::Tls,
             Self::Http2(_) | Self::Http2Timeout => Flag::Http2Handshake,
         }
@@ -84,7 +86,7 @@ impl TunnelError {
     pub(crate) fn is_the_peers(&self) -> bool {
         match self {
             Self::Dial(error) => error.is_the_peers(),
-            Self::Closed | Self::Died => false,
+            Self::Share(_) | Self::Closed | Self::Died => false,
             Self::Tls(_)
             | Self::TlsTimeout
             | Self::WrongPeer { .. }

@@ -47,7 +47,8 @@ pub(crate) async fn plaintext(
     let served = async {
         authorize(&mesh, &pod, &client, target).await?;
         let mut server = dial(&mesh, &pod, client.address.ip(), target).await?;
-        copy::sockets(&mut socket, &mut server, Meter::new(std::slice::from_ref(&flow))).await?;
+        let meter = Meter::new(std::slice::from_ref(&flow));
+        copy::sockets(&mut socket, &mut server, meter, mesh.patience()).await?;
         server.finish();
         Ok::<(), Failure>(())
     }

@@ -31,7 +31,7 @@ use tokio::net::TcpStream;
 use super::{
     Mesh, WAIT,
     connection::Connection,
-    copy::{self, Meter},
+    copy::{self, Meter, Patience},
     destination::{self, Destination},
     failure::Failure,
     hbone::{
@@ -44,6 +44,7 @@ use super::{
 };
 use crate::{
     balance,
+    limits::{self, Peer},
     state::{Mode, Reach, Service, ServiceKey, Snapshot, Workload},
     telemetry::{Access, Direction, Flow, Labels, Party, Reporter, Security},
 };
@@ -73,8 +74,10 @@ pub(crate) async fn serve(
     };
     // Reaching takes much more room than carrying; it is given back.
     match Box::pin(captured.reach()).await {
-        Ok(Reached { server, flows }) => {
-            let carried = server.carry(&mut socket, Meter::new(&flows)).await;
+        Ok(Reached { server, flows, place }) => {
+            let carried = server
+                .carry(&mut socket, Meter::new(&flows), mesh.patience())
+                .await;
             match carried {
                 Ok(()) => {
                     socket.finish();
@@ -87,6 +90,7 @@ pub(crate) async fn serve(
                     }
                 }
             }
+            drop(place);
         }
         Err((failure, hop)) => captured.flow(&hop).fail(failure.flag(), failure.to_string()),
     }
@@ -106,6 +110,8 @@ struct Reached {
     server: Server,
     /// Ours, and the server's too if that is on this host.
     flows: Vec<Flow>,
+    /// Among the connections to the server, if that is a pod of this host.
+    place: Option<limits::Place>,
 }
 
 enum Server {
@@ -120,15 +126,20 @@ struct Stream {
 }
 
 impl Server {
-    async fn carry(self, socket: &mut Connection, meter: Meter<'_>) -> Result<(), copy::CopyError> {
+    async fn carry(
+        self,
+        socket: &mut Connection,
+        meter: Meter<'_>,
+        patience: Patience,
+    ) -> Result<(), copy::CopyError> {
         match self {
             Self::Socket(mut server) => {
-                copy::sockets(socket, &mut server, meter).await?;
+                copy::sockets(socket, &mut server, meter, patience).await?;
                 server.finish();
             }
             Self::Tunnel(mut stream) => {
                 let Stream { send, receive, .. } = &mut *stream;
-                if let Err(error) = copy::client_to_tunnel(socket, send, receive, meter).await {
+                if let Err(error) = copy::client_to_tunnel(socket, send, receive, meter, patience).await {
                     send.send_reset(h2::Reason::CANCEL);
                     return Err(error);
                 }
@@ -314,6 +325,7 @@ impl Captured<'_> {
         Ok(Reached {
             server: Server::Socket(server.into()),
             flows: vec![self.flow(hop)],
+            place: None,
         })
     }
 
@@ -328,6 +340,14 @@ impl Captured<'_> {
         if hop.workload.as_ref().is_some_and(|w| w.uid != there.uid) {
             return Err(Failure::OtherPod);
         }
+        let peer = match self.pod.identity() {
+            Some(identity) => Peer::Identity(identity.clone()),
+            None => Peer::Address(self.client.ip()),
+        };
+        let place = there
+            .shares
+            .inbound(peer)
+            .inspect_err(|&used_up| there.shares.tell(&there.record, used_up, Some(self.client.ip())))?;
         let client = Client {
             address: self.client,
             identity: self.pod.identity().cloned(),
@@ -343,6 +363,7 @@ impl Captured<'_> {
             Ok(server) => Ok(Reached {
                 server: Server::Socket(server),
                 flows: vec![self.flow(hop), flow],
+                place: Some(place),
             }),
             Err(failure) => {
                 self.subject.clear();
@@ -379,6 +400,7 @@ impl Captured<'_> {
                             _place: place,
                         })),
                         flows: vec![self.flow(hop)],
+                        place: None,
                     });
                 }
                 Ok(Ok((response, _))) => {

@@ -11,7 +11,7 @@ use arc_swap::ArcSwap;
 use pool_agent_api::SandboxKey;
 
 use super::{hbone, live::Live};
-use crate::{identity::Lease, pod::PodRecord};
+use crate::{identity::Lease, limits::PodShares, pod::PodRecord};
 
 /// A pod of this host, with what its connections share.
 pub(crate) struct LocalPod {
@@ -22,6 +22,7 @@ pub(crate) struct LocalPod {
     pub(crate) name: Arc<str>,
     /// None for a pod that opted out of the mesh.
     pub(crate) lease: Option<Lease>,
+    pub(crate) shares: Arc<PodShares>,
     pub(crate) tunnels: hbone::Pool,
     pub(crate) live: Arc<Live>,
 }

@@ -112,6 +112,7 @@ impl OpenTenant {
             listeners,
             pool_tls: Arc::clone(&runtime.pool_tls),
             metrics: Arc::clone(&runtime.traffic),
+            shares: Arc::clone(&runtime.shares),
         })
         .map_err(|source| OpenTenantError::Proxy {
             tenant: id.clone(),

@@ -39,6 +39,7 @@ fn start(lab: &Lab) -> (MeshRuntime, Registry) {
         host: "host-a".parse().unwrap(),
         bpffs: lab.bpffs.path().to_owned(),
         pool_tls: pool_tls(),
+        limits: mesh_runtime::limits::Limits::default(),
     };
     (MeshRuntime::start(config, &mut registry), registry)
 }

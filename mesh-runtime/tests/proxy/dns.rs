@@ -11,6 +11,8 @@ use tokio::{
     net::UdpSocket,
 };
 
+use mesh_runtime::limits::Limits;
+
 use crate::lab::{DNS, Lab, NAMESERVER, Pod, VIP, hostname, service, until, within};
 
 fn question(name: &str) -> Vec<u8> {
@@ -70,6 +72,9 @@ async fn nameserver(socket: UdpSocket, mut deaf: usize) {
             continue;
         };
         let name = question.queries[0].name.clone();
+        if name.to_ascii().ends_with(".slow.") {
+            continue;
+        }
         let mut answer = Message::response(question.metadata.id, OpCode::Query);
         answer.queries = question.queries.clone();
         if name.to_ascii() == "example.com." {
@@ -173,4 +178,48 @@ async fn hostile_questions_are_refused_or_ignored_and_the_next_is_answered() {
         ask_tcp(&pod, &[&web]).await,
         [(ResponseCode::NoError, vec![VIP.to_string()])]
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pod_that_floods_the_resolver_keeps_no_other_from_an_answer() {
+    let lab = Lab::within(Limits {
+        pods: 4,
+        questions: 40,
+        questions_promised: 3,
+        ..Limits::default()
+    })
+    .await;
+    let greedy = lab.pod(0, "greedy").await;
+    let modest = lab.pod(0, "modest").await;
+    lab.control.settled().await;
+    tokio::spawn(nameserver(lab.wire.udp((NAMESERVER, 53)), 0));
+    let flood = greedy.space.udp((greedy.address, 0));
+    flood.connect(SocketAddr::from((DNS, 53))).await.unwrap();
+    let refused = || {
+        let text = lab.metrics(0);
+        let line = text
+            .lines()
+            .find(|l| l.starts_with("mesh_bound_refusals_total{bound=\"questions\",level=\"pod\"}"));
+        line.map_or(0, |l| l.rsplit(' ').next().unwrap().parse::<u32>().unwrap())
+    };
+    let mut open = Vec::new();
+    for round in 0..3 {
+        // Nobody answers these.
+        for n in 0..40 {
+            flood
+                .send(&question(&format!("q{n}.r{round}.slow.")))
+                .await
+                .unwrap();
+        }
+        // Connections on which nothing is asked.
+        for _ in 0..10 {
+            open.push(greedy.connect((DNS, 53)).await);
+        }
+        until("it is refused", async || refused() > 0).await;
+        let found = (ResponseCode::NoError, vec!["198.51.100.7".to_owned()]);
+        assert_eq!(ask(&modest, "example.com.").await, found);
+    }
+    let web = format!("{}.", hostname("web"));
+    let answers = ask_tcp(&modest, &[&web]).await;
+    assert_eq!(answers, [(ResponseCode::NXDomain, vec![])]);
 }

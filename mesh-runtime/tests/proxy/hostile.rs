@@ -188,9 +188,10 @@ async fn garbage_and_silence_are_ended_and_disturb_nobody() {
     // A TLS hello that stops in the middle, one that drips, and mere silence.
     let hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03";
     let mut slow = Vec::new();
-    for _ in 0..50 {
+    // More than have room: who comes too many is hung up on at once.
+    for _ in 0..600 {
         let mut stream = raw().await;
-        stream.write_all(hello).await.unwrap();
+        let _hung_up = stream.write_all(hello).await;
         slow.push(stream);
     }
     let mut dripping = raw().await;
@@ -315,29 +316,77 @@ async fn a_tunnel_takes_only_requests_for_its_own_pod() {
     drop(client);
 }
 
+/// A frame of HTTP/2 (RFC 9113, 4.1).
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut frame = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+    frame.extend([kind, flags]);
+    frame.extend(stream.to_be_bytes());
+    frame.extend(payload);
+    frame
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_in_a_tunnel_are_bounded() {
+    const HEADERS: u8 = 1;
+    const RESET: u8 = 3;
+    const REFUSED_STREAM: u32 = 7;
     let lab = Lab::new().await;
-    let _client = lab.pod(0, "client").await;
+    let client = lab.pod(0, "client").await;
     let web = lab.pod(1, "web").await;
     lab.control.settled().await;
-    let _listener = web.listen(8080);
     let credentials = lab.control.mesh().issue(&[&identity("client")]);
-    let stream = tls(&lab, &web, config(Some(credentials), &[&rustls::version::TLS13]))
+    let mut stream = tls(&lab, &web, config(Some(credentials), &[&rustls::version::TLS13]))
         .await
         .unwrap();
-    let (send, connection) = h2::client::handshake(stream).await.unwrap();
-    tokio::spawn(async move {
-        let _ended = connection.await;
-    });
-    let mut send: h2::client::SendRequest<Bytes> = send.ready().await.unwrap();
-    let first = send
-        .send_request(connect(&web.at(8080).to_string()), false)
+    {
+        let listener = web.listen(8080);
+        tokio::spawn(async move {
+            let mut kept = Vec::new();
+            while let Ok(accepted) = listener.accept().await {
+                kept.push(accepted);
+            }
+        });
+    }
+    // CONNECT to the pod, as literals (RFC 7541, 6.2.2), by a client that counts
+    // nobody's streams.
+    let authority = web.at(8080).to_string();
+    let mut ask = b"\x02\x07CONNECT\x01".to_vec();
+    ask.push(authority.len() as u8);
+    ask.extend(authority.as_bytes());
+    stream
+        .write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
+        .await
         .unwrap();
-    assert_eq!(
-        within("an answer", first.0).await.unwrap().status(),
-        StatusCode::OK
-    );
-    // The server's word is here by now.
-    assert_eq!(send.current_max_send_streams(), 200);
+    let mut taken = 0;
+    let mut refused = 0;
+    for n in 0..220_u32 {
+        let id = 2 * n + 1;
+        stream.write_all(&frame(HEADERS, 0x4, id, &ask)).await.unwrap();
+        stream.flush().await.unwrap();
+        // Until it is answered in one way or the other.
+        loop {
+            let mut head = [0; 9];
+            within("a frame", stream.read_exact(&mut head)).await.unwrap();
+            let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+            let mut payload = vec![0; length];
+            within("the rest of it", stream.read_exact(&mut payload))
+                .await
+                .unwrap();
+            let of = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
+            match head[3] {
+                HEADERS if of == id => taken += 1,
+                RESET if of == id => {
+                    assert_eq!(payload, REFUSED_STREAM.to_be_bytes());
+                    refused += 1;
+                }
+                _ => continue,
+            }
+            break;
+        }
+    }
+    assert_eq!((taken, refused), (200, 20));
+    until("those that were taken are delivered", async || lab.live(1) == 200).await;
+    drop(stream);
+    until("they end with the tunnel", async || lab.live(1) == 0).await;
+    drop(client);
 }

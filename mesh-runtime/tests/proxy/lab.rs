@@ -19,6 +19,7 @@ use std::{
 use mesh_api::istio::workload as wire;
 use mesh_runtime::{
     attachment::AttachmentState,
+    limits::Limits,
     netns::Netns,
     pod::{Mode, PodRecord},
     runtime::{Attachment, Config, MeshRuntime, PodAttachment},
@@ -131,6 +132,17 @@ impl Drop for Space {
             eprintln!("left behind: namespace {}", self.name);
         }
     }
+}
+
+/// From one of several addresses that a namespace has.
+pub(crate) async fn connect_from(
+    netns: &Netns,
+    from: Ipv4Addr,
+    to: SocketAddr,
+) -> std::io::Result<TcpStream> {
+    let socket = netns.enter(|| Socket::new(Domain::IPV4, Type::STREAM.nonblocking().cloexec(), None))?;
+    socket.bind(&SocketAddr::from((from, 0)).into())?;
+    TcpSocket::from_std_stream(socket.into()).connect(to).await
 }
 
 fn ip(arguments: &[&str], input: &str) {
@@ -285,11 +297,17 @@ pub(crate) struct Lab {
     pub(crate) control: Control,
     pub(crate) wire: Space,
     pub(crate) hosts: Vec<Host>,
+    limits: Limits,
     next_pod: std::cell::Cell<u8>,
 }
 
 impl Lab {
     pub(crate) async fn new() -> Self {
+        Self::within(Limits::default()).await
+    }
+
+    /// Each host with these limits.
+    pub(crate) async fn within(limits: Limits) -> Self {
         assert!(
             nix::unistd::geteuid().is_root(),
             "these tests make network namespaces: run them as root"
@@ -318,6 +336,7 @@ impl Lab {
             control,
             wire,
             hosts: Vec::new(),
+            limits,
             next_pod: std::cell::Cell::new(2),
         };
         for number in 1..=2 {
@@ -375,6 +394,7 @@ impl Lab {
                 host: host.parse().unwrap(),
                 bpffs: bpffs.0.path().to_owned(),
                 pool_tls: self.control.host_tls(&host),
+                limits: self.limits.clone(),
             },
             &mut registry,
         );

@@ -4,7 +4,7 @@
 use std::{
     net::{IpAddr, SocketAddr},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::SystemTime,
@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     identity::Certificate,
+    limits,
     proxy::dial::Dialer,
     telemetry::{Direction, Metrics},
 };
@@ -56,6 +57,8 @@ pub(crate) struct Tunnel {
     spent: AtomicBool,
     /// Rung when the last stream ends, and when it is spent. The pool listens.
     idle: Notify,
+    /// Among the pod's connections. None once another tunnel has it.
+    place: Mutex<Option<limits::Place>>,
 }
 
 /// Room for one stream in a tunnel.
@@ -70,6 +73,7 @@ impl Tunnel {
         key: &Key,
         source: &Source,
         metrics: &Metrics,
+        place: limits::Place,
     ) -> Result<Arc<Self>, TunnelError> {
         let tcp = dialer.connect(source.address, key.to).await?;
         let connector = TlsConnector::from(source.certificate.tls.client.clone());
@@ -106,6 +110,7 @@ impl Tunnel {
             streams: AtomicUsize::new(0),
             spent: AtomicBool::new(false),
             idle: Notify::new(),
+            place: Mutex::new(Some(place)),
         });
         let open = metrics.tunnel(Direction::Outbound);
         let to = key.to;
@@ -158,6 +163,12 @@ impl Tunnel {
     pub(crate) fn spend(&self) {
         self.spent.store(true, Ordering::Release);
         self.idle.notify_one();
+    }
+
+    /// Ends it and hands its place to another.
+    pub(crate) fn hand_over(&self) -> Option<limits::Place> {
+        self.spend();
+        self.place.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// Waits for the last stream to end, or for the tunnel to be spent. For one

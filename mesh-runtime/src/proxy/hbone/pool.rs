@@ -30,9 +30,13 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     SharedTunnelError, TunnelError,
-    client::{Key, Place, Source, Tunnel},
+    client::{self, Key, Source, Tunnel},
 };
-use crate::{proxy::dial::Dialer, telemetry::Metrics};
+use crate::{
+    limits::{Place, PodShares, UsedUp},
+    proxy::dial::Dialer,
+    telemetry::Metrics,
+};
 
 /// A tunnel without streams is kept this long for the next one.
 const IDLE: Duration = Duration::from_secs(300);
@@ -44,6 +48,7 @@ pub(crate) struct Pool(Arc<Inner>);
 struct Inner {
     dialer: Dialer,
     metrics: Arc<Metrics>,
+    shares: Arc<PodShares>,
     peers: Mutex<HashMap<Key, Peer>>,
     closing: CancellationToken,
 }
@@ -62,17 +67,23 @@ struct Attempt {
 
 impl Pool {
     /// `closing` ends it: no tunnel is opened any more, and idle ones go.
-    pub(crate) fn new(dialer: Dialer, metrics: Arc<Metrics>, closing: CancellationToken) -> Self {
+    pub(crate) fn new(
+        dialer: Dialer,
+        metrics: Arc<Metrics>,
+        shares: Arc<PodShares>,
+        closing: CancellationToken,
+    ) -> Self {
         Self(Arc::new(Inner {
             dialer,
             metrics,
+            shares,
             peers: Mutex::default(),
             closing,
         }))
     }
 
     /// A place in a tunnel to `key`, opened as `source` if there is none.
-    pub(crate) async fn place(&self, key: &Key, source: &Source) -> Result<Place, SharedTunnelError> {
+    pub(crate) async fn place(&self, key: &Key, source: &Source) -> Result<client::Place, SharedTunnelError> {
         loop {
             if self.0.closing.is_cancelled() {
                 return Err(Arc::new(TunnelError::Closed));
@@ -110,8 +121,9 @@ impl Pool {
                 key: &key,
                 id,
             };
+            let place = inner.place().map_err(|e| Arc::new(e.into()))?;
             let opened = tokio::select! {
-                opened = Tunnel::open(&inner.dialer, &key, &source, &inner.metrics) => opened,
+                opened = Tunnel::open(&inner.dialer, &key, &source, &inner.metrics, place) => opened,
                 () = inner.closing.cancelled() => Err(TunnelError::Closed),
             };
             let tunnel = opened.map_err(Arc::new)?;
@@ -137,7 +149,7 @@ impl Peer {
     /// In the tunnel with the fewest streams. A tunnel that was opened with an
     /// older certificate carries its streams to their ends, and no others. A newer
     /// one is as good: who asks may have waited since before it was issued.
-    fn place(&mut self, source: &Source) -> Option<Place> {
+    fn place(&mut self, source: &Source) -> Option<client::Place> {
         self.tunnels
             .iter()
             .filter(|tunnel| tunnel.is_older_than(&source.certificate))
@@ -156,6 +168,20 @@ impl Inner {
     fn peers(&self) -> MutexGuard<'_, HashMap<Key, Peer>> {
         // Nothing that can panic runs under it.
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For a tunnel. Where the pod's share is used up, one that nobody uses goes for it.
+    fn place(&self) -> Result<Place, UsedUp> {
+        self.shares.outbound().or_else(|used_up| {
+            let peers = self.peers();
+            peers
+                .values()
+                .flat_map(|peer| &peer.tunnels)
+                .filter(|tunnel| tunnel.streams() == 0 && !tunnel.is_spent())
+                // Streams are given under this lock, so none is given meanwhile.
+                .find_map(|tunnel| tunnel.hand_over())
+                .ok_or(used_up)
+        })
     }
 
     fn forget_spent(&self, key: &Key) {

@@ -13,22 +13,23 @@ use std::{
     time::Duration,
 };
 
+use bounds::{Guest, door::Queue};
 use bytes::Bytes;
 use h2::{RecvStream, server::SendResponse};
 use http::{Request, StatusCode};
 use mesh_api::Identity;
 use tokio::{
     net::TcpStream,
-    sync::OwnedSemaphorePermit,
     time::{Instant, timeout},
 };
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{
     HANDSHAKE_TIMEOUT, MAX_FRAME, MAX_HEADERS, MAX_SERVER_STREAMS, SEND_BUFFER, STREAM_WINDOW, TLS_BUFFER,
     TUNNEL_WINDOW, keepalive, peer_identity, read_ahead::ReadAhead, request,
 };
 use crate::{
+    limits::{self, Peer},
     proxy::{
         Mesh,
         copy::{self, Meter},
@@ -43,32 +44,69 @@ use crate::{
 /// keeps one idle, so that it is the client who lets go.
 const IDLE: Duration = Duration::from_secs(600);
 
-/// Serves a tunnel to `pod` until both ends are done with it. `stranger` is its
-/// place among those that have not proved who they are.
+/// Who comes from an address that no workload has gets this long for TLS, and again
+/// for HTTP/2.
+const STRANGERS_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// Serves a tunnel to `pod` until both ends are done with it. `guest` is its place
+/// among those that have not proved who they are.
 pub(crate) async fn serve(
     mesh: Arc<Mesh>,
     pod: Arc<LocalPod>,
     tcp: TcpStream,
     peer: SocketAddr,
-    stranger: OwnedSemaphorePermit,
+    guest: Guest<limits::Source>,
 ) {
-    let Ok(certificate) = mesh.certificate(&pod).await else {
-        mesh.metrics.refused("no_certificate");
+    let shaken = tokio::select! {
+        shaken = shake_hands(&mesh, &pod, tcp, peer, guest.queue()) => shaken,
+        () = guest.displaced() => return mesh.metrics.refused("displaced"),
+    };
+    let Some((connection, identity)) = shaken else {
         return;
+    };
+    let place = match pod.shares.inbound(Peer::Identity(identity.clone())) {
+        Ok(place) => place,
+        Err(used_up) => {
+            pod.shares.tell(&pod.record, used_up, Some(peer.ip()));
+            return mesh.metrics.refused("share");
+        }
+    };
+    drop(guest);
+    drive(mesh, pod, connection, peer, identity).await;
+    drop(place);
+}
+
+type Connection = h2::server::Connection<TlsStream<ReadAhead>, Bytes>;
+
+/// TLS, whom it proves, and HTTP/2. None once the peer was turned away.
+async fn shake_hands(
+    mesh: &Mesh,
+    pod: &LocalPod,
+    tcp: TcpStream,
+    peer: SocketAddr,
+    queue: Queue,
+) -> Option<(Connection, Identity)> {
+    let limit = match queue {
+        Queue::Known => HANDSHAKE_TIMEOUT,
+        Queue::Stranger => STRANGERS_TIMEOUT,
+    };
+    let Ok(certificate) = mesh.certificate(pod).await else {
+        mesh.metrics.refused("no_certificate");
+        return None;
     };
     let acceptor = TlsAcceptor::from(certificate.tls.server.clone());
     drop(certificate);
-    let mut tls = match timeout(HANDSHAKE_TIMEOUT, acceptor.accept(ReadAhead::from(tcp))).await {
+    let mut tls = match timeout(limit, acceptor.accept(ReadAhead::from(tcp))).await {
         Ok(Ok(tls)) => tls,
         Ok(Err(error)) => {
             tracing::info!(%peer, pod.uid = %pod.record.key.pod, error = %causes(&error), "tunnel refused: TLS failed");
             mesh.metrics.refused("tls");
-            return;
+            return None;
         }
         Err(_) => {
             tracing::info!(%peer, pod.uid = %pod.record.key.pod, "tunnel refused: TLS took too long");
             mesh.metrics.refused("tls_timeout");
-            return;
+            return None;
         }
     };
     let identity = match peer_identity(tls.get_ref().1) {
@@ -76,7 +114,7 @@ pub(crate) async fn serve(
         Err(error) => {
             tracing::info!(%peer, error = %causes(&error), "tunnel refused: no identity");
             mesh.metrics.refused("identity");
-            return;
+            return None;
         }
     };
     tls.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
@@ -88,21 +126,28 @@ pub(crate) async fn serve(
         .max_send_buffer_size(SEND_BUFFER)
         .max_concurrent_streams(MAX_SERVER_STREAMS)
         .handshake::<_, Bytes>(tls);
-    let mut connection = match timeout(HANDSHAKE_TIMEOUT, handshake).await {
-        Ok(Ok(connection)) => connection,
+    match timeout(limit, handshake).await {
+        Ok(Ok(connection)) => Some((connection, identity)),
         Ok(Err(error)) => {
             tracing::info!(%peer, %identity, %error, "tunnel refused: HTTP/2 failed");
             mesh.metrics.refused("http2");
-            return;
+            None
         }
         Err(_) => {
             tracing::info!(%peer, %identity, "tunnel refused: HTTP/2 took too long");
             mesh.metrics.refused("http2_timeout");
-            return;
+            None
         }
-    };
+    }
+}
 
-    drop(stranger);
+async fn drive(
+    mesh: Arc<Mesh>,
+    pod: Arc<LocalPod>,
+    mut connection: Connection,
+    peer: SocketAddr,
+    identity: Identity,
+) {
     let _open = mesh.metrics.tunnel(Direction::Inbound);
     let tunnel = Arc::new(Tunnel {
         peer,
@@ -179,6 +224,14 @@ fn stream(
     tunnel.streams.fetch_add(1, Ordering::AcqRel);
     let open = OpenStream(tunnel.clone());
     let receive = request.into_body();
+    let place = match pod.shares.inbound(Peer::Identity(tunnel.identity.clone())) {
+        Ok(place) => place,
+        Err(used_up) => {
+            pod.shares.tell(&pod.record, used_up, Some(tunnel.peer.ip()));
+            mesh.metrics.refused("share");
+            return refuse(&mut respond, StatusCode::SERVICE_UNAVAILABLE);
+        }
+    };
     let (mesh, to) = (mesh.clone(), pod.clone());
     // A pod that is going takes no stream: dropping it resets it.
     pod.live.spawn(move |subject| async move {
@@ -189,7 +242,7 @@ fn stream(
             opened: std::time::Instant::now(),
         };
         deliver(mesh, to, client, target, receive, respond).await;
-        drop(open);
+        drop((open, place));
     });
 }
 
@@ -226,7 +279,7 @@ async fn deliver(
     };
     let copied = {
         let meter = Meter::new(std::slice::from_ref(&flow));
-        copy::tunnel_to_server(&mut server, &mut send, &mut receive, meter).await
+        copy::tunnel_to_server(&mut server, &mut send, &mut receive, meter, mesh.patience()).await
     };
     match copied {
         Ok(()) => {
