@@ -8,6 +8,7 @@ use std::{
     time::Duration,
 };
 
+use bounds::Bounds;
 use mesh_runtime::{
     control::{InvalidPoolTls, PoolTls},
     runtime::{Config as MeshConfig, MeshRuntime},
@@ -35,8 +36,9 @@ use crate::{
     ledger::{Ledger, LedgerError},
     metrics,
     network::{Network, NetworkError},
+    policy::bounds::InvalidBounds,
     sandbox::{clock::Clock, perform::Workshop},
-    service::{Facts, MAX_MESSAGE, Service, tls},
+    service::{Calls, Facts, MAX_MESSAGE, Service, tls},
 };
 
 /// Image pulls at a time: more share the same line.
@@ -66,6 +68,10 @@ pub enum AgentError {
     Runtime(#[source] CriError),
     #[error("asking the container runtime what is on the host")]
     Adopt(#[source] CriError),
+    #[error("raising RLIMIT_NOFILE")]
+    Descriptors(#[source] std::io::Error),
+    #[error("policy.bounds")]
+    Bounds(#[from] InvalidBounds),
     #[error(transparent)]
     Cni(#[from] ListenError),
     #[error("listening on {address}")]
@@ -99,12 +105,25 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     let runtime = Runtime::at(&config.containerd_socket);
     let runtime_version = wait_for(&runtime).await.map_err(AgentError::Runtime)?;
     let network = Network::open(layout.clone(), &config.uplink).await?;
+    let descriptors = bounds::descriptors::raise().map_err(AgentError::Descriptors)?;
+    let limits = config
+        .policy
+        .bounds
+        .share_out(descriptors.limit, config.capacity.sandboxes)?;
+    tracing::info!(
+        limit = descriptors.limit,
+        before = descriptors.before,
+        connections = limits.connections,
+        "descriptors shared out"
+    );
     let mut registry = Registry::default();
+    let shown = Bounds::register(registry.sub_registry_with_prefix("pool_agent"));
     let mesh = MeshRuntime::start(
         MeshConfig {
             host: config.name.clone(),
             bpffs: config.bpffs.clone(),
             pool_tls,
+            limits,
         },
         &mut registry,
     );
@@ -153,8 +172,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     tokio::spawn(metrics::serve(metrics_listener, registry, host.clone()));
     let credentials = tls::follow(config.tls.clone(), credentials);
     tokio::spawn(renew_towards_control_planes(host.clone(), credentials.clone()));
-    let callers = tls::accept(listener, config.tls.trust_domain.clone(), credentials);
-    let service = PoolAgentServer::new(Service::new(host.clone(), facts(runtime_version)))
+    let callers = config.policy.bounds.callers();
+    let doorway = tls::Doorway::new(callers, &shown);
+    let calls = Calls::new(callers, &shown);
+    let callers = tls::accept(listener, config.tls.trust_domain.clone(), credentials, doorway);
+    let service = PoolAgentServer::new(Service::new(host.clone(), facts(runtime_version), calls))
         .max_decoding_message_size(MAX_MESSAGE);
     tracing::info!(
         host = %config.name, listen = %config.listen, generation,

@@ -1,7 +1,12 @@
 //! `/metrics` and `/healthz` over plain HTTP, on an address of the host's own.
 
-use std::{fmt::Write, sync::Arc, time::Duration};
+use std::{
+    fmt::Write,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
+use bounds::Seldom;
 use bytes::Bytes;
 use http::{Request, Response, StatusCode, header};
 use http_body_util::Full;
@@ -19,13 +24,20 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub async fn serve(listener: TcpListener, registry: Registry, host: Host) {
     let registry = Arc::new(registry);
     let room = Arc::new(Semaphore::new(CONNECTIONS));
+    let told = Seldom::default();
     loop {
         let Ok(permit) = room.clone().acquire_owned().await else {
             return;
         };
-        let Ok((stream, _)) = listener.accept().await else {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-            continue;
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                if let Some(left_out) = told.due(Instant::now()) {
+                    tracing::warn!(error = %error, left_out, "a scrape was not accepted");
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
         };
         let (registry, host) = (registry.clone(), host.clone());
         tokio::spawn(async move {

@@ -7,6 +7,7 @@
 
 pub mod tls;
 
+mod calls;
 mod container_logs;
 mod splice;
 mod stats;
@@ -21,6 +22,10 @@ use pool_agent_api::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+
+use calls::{Counted, Kind};
+
+pub use calls::Calls;
 
 use crate::{
     causes::described,
@@ -48,11 +53,12 @@ pub struct Facts {
 pub struct Service {
     host: Host,
     facts: Facts,
+    calls: Calls,
 }
 
 impl Service {
-    pub fn new(host: Host, facts: Facts) -> Self {
-        Self { host, facts }
+    pub fn new(host: Host, facts: Facts, calls: Calls) -> Self {
+        Self { host, facts, calls }
     }
 }
 
@@ -88,12 +94,13 @@ impl From<SandboxError> for Status {
 
 #[tonic::async_trait]
 impl PoolAgent for Service {
-    type WatchStream = ReceiverStream<Result<wire::WatchEvent, Status>>;
-    type LogsStream = ReceiverStream<Result<wire::LogChunk, Status>>;
-    type SpliceStream = ReceiverStream<Result<wire::SpliceFrame, Status>>;
+    type WatchStream = Counted<ReceiverStream<Result<wire::WatchEvent, Status>>>;
+    type LogsStream = Counted<ReceiverStream<Result<wire::LogChunk, Status>>>;
+    type SpliceStream = Counted<ReceiverStream<Result<wire::SpliceFrame, Status>>>;
 
     async fn get_host(&self, request: Request<wire::GetHostRequest>) -> Result<Response<wire::Host>, Status> {
-        caller(&request)?;
+        let caller = caller(&request)?;
+        let _call = self.calls.begin(&caller, Kind::Call)?;
         let shop = self.host.shop();
         let description = HostDescription {
             name: shop.host.clone(),
@@ -115,6 +122,7 @@ impl PoolAgent for Service {
         request: Request<wire::Tenant>,
     ) -> Result<Response<wire::ConfigureTenantResponse>, Status> {
         let caller = caller(&request)?;
+        let _call = self.calls.begin(&caller, Kind::Call)?;
         let tenant = Tenant::try_from(request.into_inner())?;
         own(&caller, &tenant.id)?;
         self.host.configure_tenant(tenant).await.map_err(|error| {
@@ -137,6 +145,7 @@ impl PoolAgent for Service {
     ) -> Result<Response<wire::StartSandboxResponse>, Status> {
         use wire::start_sandbox_response::Outcome;
         let caller = caller(&request)?;
+        let _call = self.calls.begin(&caller, Kind::Call)?;
         let spec = request
             .into_inner()
             .spec
@@ -169,6 +178,7 @@ impl PoolAgent for Service {
         request: Request<wire::UpdateSandboxRequest>,
     ) -> Result<Response<wire::UpdateSandboxResponse>, Status> {
         let caller = caller(&request)?;
+        let _call = self.calls.begin(&caller, Kind::Call)?;
         let message = request.into_inner();
         let key = SandboxKey::from_wire(message.key)?;
         let mut volumes = vec![];
@@ -189,6 +199,7 @@ impl PoolAgent for Service {
         request: Request<wire::StopSandboxRequest>,
     ) -> Result<Response<wire::StopSandboxResponse>, Status> {
         let caller = caller(&request)?;
+        let _call = self.calls.begin(&caller, Kind::Call)?;
         let message = request.into_inner();
         let key = SandboxKey::from_wire(message.key)?;
         let grace = Duration::from_secs(message.grace_seconds).min(LONGEST_GRACE);
@@ -201,6 +212,7 @@ impl PoolAgent for Service {
         request: Request<wire::ForgetSandboxRequest>,
     ) -> Result<Response<wire::ForgetSandboxResponse>, Status> {
         let caller = caller(&request)?;
+        let _call = self.calls.begin(&caller, Kind::Call)?;
         let key = SandboxKey::from_wire(request.into_inner().key)?;
         self.host.forget(&caller, &key).await?;
         Ok(Response::new(wire::ForgetSandboxResponse {}))
@@ -211,13 +223,16 @@ impl PoolAgent for Service {
         request: Request<wire::WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let caller = caller(&request)?;
-        Ok(Response::new(watch::start(self.host.board(), caller)))
+        let call = self.calls.begin(&caller, Kind::Watch)?;
+        let stream = watch::start(self.host.board(), caller);
+        Ok(Response::new(Counted::new(stream, call)))
     }
 
     async fn logs(&self, request: Request<wire::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
         let caller = caller(&request)?;
+        let call = self.calls.begin(&caller, Kind::Logs)?;
         let stream = container_logs::start(&self.host, &caller, request.into_inner())?;
-        Ok(Response::new(stream))
+        Ok(Response::new(Counted::new(stream, call)))
     }
 
     async fn splice(
@@ -225,8 +240,9 @@ impl PoolAgent for Service {
         request: Request<Streaming<wire::SpliceFrame>>,
     ) -> Result<Response<Self::SpliceStream>, Status> {
         let caller = caller(&request)?;
+        let call = self.calls.begin(&caller, Kind::Splice)?;
         let stream = splice::start(&self.host, &caller, request.into_inner()).await?;
-        Ok(Response::new(stream))
+        Ok(Response::new(Counted::new(stream, call)))
     }
 
     async fn stats(
@@ -234,6 +250,7 @@ impl PoolAgent for Service {
         request: Request<wire::StatsRequest>,
     ) -> Result<Response<wire::StatsResponse>, Status> {
         let caller = caller(&request)?;
+        let _call = self.calls.begin(&caller, Kind::Call)?;
         Ok(Response::new(stats::collect(&self.host, &caller).await?))
     }
 }

@@ -2,25 +2,31 @@
 //! of the pool's CA whose one URI name is a virtual node of this pool. DNS names
 //! and addresses prove nothing here.
 //!
-//! What always holds: a handshake has [`PATIENCE`], and at most [`HANDSHAKES`] are
-//! under way; files that change ([`files`]) are taken up for new connections.
+//! What always holds: a handshake has [`PATIENCE`], and strangers who hold theirs open
+//! keep nobody out ([`Door`](bounds::door)): callers that were here before do not stand
+//! among them. A tenant has a share of the connections. Files that change ([`files`])
+//! are taken up for new ones.
 
 mod files;
 
 use std::{
     io,
+    net::IpAddr,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use bounds::{
+    Acquainted, Bounds, Budget, Gate, Guest, Level, Path, Place, Rule, Seldom, Shared, Step, door::Queue,
+};
 use pool_agent_api::{Peer, PeerId, TenantId};
 use rustls::pki_types::CertificateDer;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc, watch},
+    sync::{mpsc, watch},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
@@ -28,11 +34,14 @@ use tonic::transport::server::Connected;
 use x509_parser::{extensions::GeneralName, prelude::FromDer};
 
 use super::Caller;
+use crate::policy::bounds::Callers;
 pub use files::{Credentials, Pem, TlsError, follow};
 
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Callers are a few virtual nodes; strangers wait for each other.
-const HANDSHAKES: usize = 64;
+/// A tenant that is alone may hold this many times the connections it leaves.
+const GREED: u32 = 4;
+/// After an accept that failed, such as for want of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Connections that wait to be served.
 const ACCEPTED: usize = 16;
 
@@ -53,6 +62,88 @@ enum Stranger {
     TrustDomain(PeerId, String),
     #[error("{0} is not a virtual node")]
     Role(PeerId),
+    #[error("others came, and it had not said who it is")]
+    Displaced,
+    #[error("the {level}'s share of connections is used up, called by tenant {tenant}")]
+    Share { tenant: TenantId, level: Level },
+}
+
+/// Who is at the agent's door, and who is through it. Cheap to clone.
+#[derive(Clone)]
+pub struct Doorway {
+    limits: Callers,
+    gate: Gate<IpAddr>,
+    connections: Shared<TenantId>,
+    acquainted: Arc<Mutex<Acquainted<TenantId, IpAddr>>>,
+}
+
+impl Doorway {
+    pub fn new(limits: Callers, shown: &Bounds) -> Self {
+        let doorway = Self {
+            limits,
+            gate: Gate::new(limits.handshaking, limits.handshaking),
+            connections: Shared::new(Budget::new(limits.per_host, 0)),
+            acquainted: Arc::default(),
+        };
+        shown.show("caller_handshakes", doorway.gate.clone());
+        shown.show("callers", doorway.connections.clone());
+        doorway
+    }
+
+    fn acquainted(&self) -> MutexGuard<'_, Acquainted<TenantId, IpAddr>> {
+        // Nothing that can panic runs under it.
+        self.acquainted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn come(&self, address: IpAddr) -> Guest<IpAddr> {
+        let queue = if self.acquainted().knows(&address) {
+            Queue::Known
+        } else {
+            Queue::Stranger
+        };
+        self.gate.come(queue, address)
+    }
+
+    fn enter(&self, tenant: &TenantId) -> Result<Place<TenantId>, Stranger> {
+        let step = Step {
+            key: tenant.clone(),
+            level: Level::Tenant,
+            rule: Rule {
+                promised: 0,
+                limit: self.limits.per_tenant,
+                greed: GREED,
+            },
+        };
+        let path = Path {
+            trunk: Arc::from([step]),
+            leaf: None,
+        };
+        self.connections.take(path).map_err(|level| Stranger::Share {
+            tenant: tenant.clone(),
+            level,
+        })
+    }
+
+    async fn admit(
+        &self,
+        acceptor: TlsAcceptor,
+        stream: TcpStream,
+        from: IpAddr,
+        trust_domain: &str,
+    ) -> Result<Connection, Stranger> {
+        let guest = self.come(from);
+        let (stream, tenant) = tokio::select! {
+            shaken = shake_hands(acceptor, stream, trust_domain) => shaken?,
+            () = guest.displaced() => return Err(Stranger::Displaced),
+        };
+        let place = self.enter(&tenant)?;
+        self.acquainted().meet(tenant.clone(), from);
+        Ok(Connection {
+            stream,
+            tenant,
+            _place: place,
+        })
+    }
 }
 
 /// Accepts callers until the agent ends; each comes with the tenant it is.
@@ -60,29 +151,36 @@ pub fn accept(
     listener: TcpListener,
     trust_domain: String,
     credentials: watch::Receiver<Arc<Credentials>>,
+    doorway: Doorway,
 ) -> ReceiverStream<io::Result<Connection>> {
     let (accepted, stream) = mpsc::channel(ACCEPTED);
     tokio::spawn(async move {
-        let room = Arc::new(Semaphore::new(HANDSHAKES));
+        let (not_accepted, turned_away) = (Seldom::default(), Arc::new(Seldom::default()));
         loop {
-            let Ok(permit) = room.clone().acquire_owned().await else {
-                return;
-            };
             let (stream, from) = match listener.accept().await {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    tracing::warn!(error = %error, "a connection was not accepted");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    if let Some(left_out) = not_accepted.due(Instant::now()) {
+                        tracing::warn!(error = %error, left_out, "a connection was not accepted");
+                    }
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
             };
             let acceptor = TlsAcceptor::from(credentials.borrow().server.clone());
             let (accepted, trust_domain) = (accepted.clone(), trust_domain.clone());
+            let (doorway, turned_away) = (doorway.clone(), turned_away.clone());
             tokio::spawn(async move {
-                match shake_hands(acceptor, stream, &trust_domain).await {
+                let from_ip = from.ip().to_canonical();
+                match doorway.admit(acceptor, stream, from_ip, &trust_domain).await {
                     Ok(connection) => {
                         if accepted.send(Ok(connection)).await.is_err() {
                             tracing::debug!("a caller came as the agent ended");
+                        }
+                    }
+                    Err(Stranger::Displaced) => {
+                        if let Some(left_out) = turned_away.due(Instant::now()) {
+                            tracing::warn!(from = %from, error = %Stranger::Displaced, left_out, "a caller was turned away");
                         }
                     }
                     Err(stranger) => {
@@ -90,7 +188,6 @@ pub fn accept(
                         tracing::warn!(from = %from, error = %stranger, cause, "a caller was turned away");
                     }
                 }
-                drop(permit);
             });
         }
     });
@@ -101,7 +198,7 @@ async fn shake_hands(
     acceptor: TlsAcceptor,
     stream: TcpStream,
     trust_domain: &str,
-) -> Result<Connection, Stranger> {
+) -> Result<(TlsStream<TcpStream>, TenantId), Stranger> {
     stream.set_nodelay(true).map_err(Stranger::Handshake)?;
     let stream = tokio::time::timeout(PATIENCE, acceptor.accept(stream))
         .await
@@ -114,7 +211,7 @@ async fn shake_hands(
         .and_then(|chain| chain.first())
         .ok_or(Stranger::Certificate)?;
     let tenant = tenant_of(leaf, trust_domain)?;
-    Ok(Connection { stream, tenant })
+    Ok((stream, tenant))
 }
 
 /// The tenant whose virtual node a certificate names.
@@ -149,6 +246,7 @@ fn tenant_of(certificate: &CertificateDer<'_>, trust_domain: &str) -> Result<Ten
 pub struct Connection {
     stream: TlsStream<TcpStream>,
     tenant: TenantId,
+    _place: Place<TenantId>,
 }
 
 impl Connected for Connection {

@@ -68,13 +68,22 @@ fn write(directory: &Path, ca: &Ca, certificate: &str, key: &str) -> TlsFiles {
 }
 
 async fn serve(ca: &Ca) -> Server {
+    serve_within(ca, crate::policy::bounds::Bounds::default().callers()).await
+}
+
+async fn serve_within(ca: &Ca, callers: Callers) -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let directory = tempfile::tempdir().unwrap();
     let (certificate, key) = ca.issue(&["spiffe://pool/host/host-a"]);
     let files = write(directory.path(), ca, &certificate, &key);
     let credentials = Credentials::load(&files).unwrap();
-    let accepted = accept(listener, "pool".into(), follow(files, credentials));
+    let accepted = accept(
+        listener,
+        "pool".into(),
+        follow(files, credentials),
+        Doorway::new(callers, &Bounds::default()),
+    );
     Server { address, accepted }
 }
 
@@ -197,6 +206,57 @@ async fn garbage_in_place_of_a_hello_stops_nobody_else() {
     let own = ca.issue(&["spiffe://pool/tenant/demo/virtual-node"]);
     assert!(call(server.address, &ca, Some(own)).await);
     assert!(server.accepted.next().await.unwrap().is_ok());
+}
+
+/// From one of the loopback's many addresses.
+async fn come_from(last: u8, to: SocketAddr) -> TcpStream {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind(SocketAddr::from(([127, 0, 1, last], 0))).unwrap();
+    socket.connect(to).await.unwrap()
+}
+
+#[tokio::test]
+async fn strangers_who_say_nothing_keep_no_caller_out() {
+    let ca = Ca::new();
+    let mut server = serve(&ca).await;
+    let own = || Some(ca.issue(&["spiffe://pool/tenant/demo/virtual-node"]));
+    let mut silent = vec![];
+    // Twice as many as have room, of more addresses than it takes to fill it.
+    for n in 0..512_u32 {
+        let last = u8::try_from(1 + n % 64).unwrap();
+        silent.push(come_from(last, server.address).await);
+    }
+    // One whom nobody has seen yet, and then as somebody known.
+    for _ in 0..2 {
+        assert!(call(server.address, &ca, own()).await);
+        let accepted = tokio::time::timeout(PATIENCE / 2, server.accepted.next()).await;
+        assert!(accepted.is_ok_and(|a| a.is_some_and(|a| a.is_ok())));
+    }
+}
+
+#[tokio::test]
+async fn a_tenants_connections_are_bounded_and_no_other_tenants() {
+    let ca = Ca::new();
+    let limit = 3;
+    let callers = Callers {
+        per_tenant: limit,
+        ..crate::policy::bounds::Bounds::default().callers()
+    };
+    let mut server = serve_within(&ca, callers).await;
+    let of = |tenant: &str| Some(ca.issue(&[&format!("spiffe://pool/tenant/{tenant}/virtual-node")]));
+    let mut kept = vec![];
+    for _ in 0..limit {
+        let (called, accepted) =
+            tokio::join!(call(server.address, &ca, of("greedy")), server.accepted.next());
+        assert!(called);
+        kept.push(accepted.unwrap().unwrap());
+    }
+    assert!(!call(server.address, &ca, of("greedy")).await, "beyond its share");
+    let (called, accepted) = tokio::join!(call(server.address, &ca, of("modest")), server.accepted.next());
+    assert!(called && accepted.unwrap().is_ok());
+    kept.pop();
+    let (called, accepted) = tokio::join!(call(server.address, &ca, of("greedy")), server.accepted.next());
+    assert!(called && accepted.unwrap().is_ok(), "one had ended");
 }
 
 #[tokio::test(start_paused = true)]
