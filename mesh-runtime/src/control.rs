@@ -204,7 +204,6 @@ mod tests {
     fn tenant(address: std::net::SocketAddr) -> Tenant {
         Tenant {
             id: "demo".parse().unwrap(),
-            pod_range: "10.77.1.0/24".parse().unwrap(),
             cluster_pod_range: "10.77.0.0/16".parse().unwrap(),
             cluster_domain: "cluster.local".into(),
             dns_address: "10.96.0.10".parse().unwrap(),

@@ -33,7 +33,7 @@ use std::{
 };
 
 use bounds::Seldom;
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use mesh_api::{Identity, InvalidIdentity};
 use pool_agent_api::{HostName, SandboxKey, Tenant};
 use tokio::{
@@ -73,6 +73,8 @@ pub struct TenantProxyConfig {
     pub tenant: Tenant,
     /// This host, as the mesh control plane knows it.
     pub host: HostName,
+    /// The range of this host's pods, all tenants' alike.
+    pub local_pods: Ipv4Net,
     /// Addresses of the host and of the tenant's router. Pods may not reach them
     /// through the proxy, which stands where they are local.
     pub host_addresses: Vec<IpAddr>,
@@ -136,6 +138,7 @@ impl TenantProxy {
         let TenantProxyConfig {
             tenant,
             host,
+            local_pods,
             host_addresses,
             router,
             listeners,
@@ -159,7 +162,7 @@ impl TenantProxy {
                 cluster_pods: tenant.cluster_pod_range,
                 host: host_addresses.into(),
             },
-            local_pods: tenant.pod_range,
+            local_pods: local_pods.into(),
             cluster: tenant.mesh_control.cluster_id.as_str().into(),
             trust_domain: tenant.mesh_control.trust_domain.clone(),
             self_call: GATEWAY.into(),

@@ -24,6 +24,7 @@ use std::{
 };
 
 use bounds::Bounds;
+use ipnet::Ipv4Net;
 use mesh_api::InvalidIdentity;
 use pool_agent_api::{Attempt, HostName, SandboxKey, Tenant, TenantId};
 use prometheus_client::registry::Registry;
@@ -46,6 +47,8 @@ pub struct Config {
     pub host: HostName,
     /// A mounted BPF file system, or a directory of one; this host's alone.
     pub bpffs: PathBuf,
+    /// The range that this host's pods have their addresses of, all tenants' alike.
+    pub local_pods: Ipv4Net,
     /// The host's credentials towards tenants' mesh control planes.
     pub pool_tls: PoolTls,
     /// What pods, peers and tenants may hold of it.
@@ -115,6 +118,7 @@ pub enum CloseTenantError {
 pub struct MeshRuntime {
     host: HostName,
     bpffs: PathBuf,
+    local_pods: Ipv4Net,
     pool_tls: Arc<PoolTls>,
     traffic: Arc<Metrics>,
     metrics: Arc<RuntimeMetrics>,
@@ -151,6 +155,7 @@ impl MeshRuntime {
         Self {
             host: config.host,
             bpffs: config.bpffs,
+            local_pods: config.local_pods,
             pool_tls: Arc::new(config.pool_tls),
             traffic: Arc::new(Metrics::register(registry)),
             metrics: RuntimeMetrics::register(registry),

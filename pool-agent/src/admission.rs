@@ -10,8 +10,8 @@
 //!   most one attempt has processes on this host. While both are known the larger
 //!   of their claims counts, not the sum;
 //! - the claims that count never exceed the capacity;
-//! - no two sandboxes of a tenant have one address, and an address that was just
-//!   given back is the last to be given again.
+//! - no two sandboxes or routers on the host have one address, whosever they are, and
+//!   an address that was just given back is the last to be given again.
 
 mod addresses;
 
@@ -21,14 +21,14 @@ use std::{
     sync::Arc,
 };
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::Ipv4Net;
 use pool_agent_api::{
     Attempt, PodUid, Refusal, RefusalReason, Resources, SandboxKey, SandboxSpec, TenantId,
     spec::{Files, SandboxParts, VolumeSource},
 };
 use sha2::{Digest as _, Sha256};
 
-pub use addresses::{Addresses, router_address};
+pub use addresses::Addresses;
 
 /// Ended attempts that are remembered. A pod's UID is never used again, so what
 /// this protects against is a message that was long under way.
@@ -48,12 +48,8 @@ pub enum Answer {
 /// Why a tenant's settings were not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum TenantRefusal {
-    #[error("pod_range {0} has no room for pods: an IPv4 range of at least 4 addresses is needed")]
-    Unusable(IpNet),
-    #[error("pod_range cannot change from {from} to {to} while {pods} sandboxes of the tenant are here")]
-    InUse { from: Ipv4Net, to: Ipv4Net, pods: usize },
-    #[error("pod_range {0} overlaps {1} of tenant {2}")]
-    Overlaps(Ipv4Net, Ipv4Net, TenantId),
+    #[error("no free address for the tenant's router in this host's pod_range {0}")]
+    NoAddress(Ipv4Net),
 }
 
 /// A sandbox that is here, as admission counts it.
@@ -71,7 +67,9 @@ struct Admitted {
 pub struct Admission {
     capacity: Resources,
     draining: bool,
-    tenants: BTreeMap<TenantId, Addresses>,
+    addresses: Addresses,
+    /// The tenants there are, with the addresses of their routers.
+    routers: BTreeMap<TenantId, Ipv4Addr>,
     /// By pod; attempts in order. More than one while one supersedes another.
     here: HashMap<PodUid, BTreeMap<Attempt, Admitted>>,
     fences: Fences,
@@ -120,11 +118,13 @@ impl Fences {
 }
 
 impl Admission {
-    pub fn new(capacity: Resources) -> Self {
+    /// `range` is the host's own: all addresses come from it.
+    pub fn new(capacity: Resources, range: Ipv4Net) -> Self {
         Self {
             capacity,
             draining: false,
-            tenants: BTreeMap::new(),
+            addresses: Addresses::of(range),
+            routers: BTreeMap::new(),
             here: HashMap::new(),
             fences: Fences::default(),
         }
@@ -163,33 +163,31 @@ impl Admission {
         self.draining = true;
     }
 
-    /// Takes a tenant's range, or replaces it while the tenant has no pods here.
-    pub fn set_tenant(&mut self, tenant: &TenantId, range: IpNet) -> Result<(), TenantRefusal> {
-        let addresses = Addresses::of(range).ok_or(TenantRefusal::Unusable(range))?;
-        let range = addresses.range();
-        if let Some(known) = self.tenants.get(tenant)
-            && known.range() == range
-        {
-            return Ok(());
+    /// The address of the tenant's router: the tenant may have pods here from now on.
+    pub fn admit_tenant(&mut self, tenant: &TenantId) -> Result<Ipv4Addr, TenantRefusal> {
+        if let Some(address) = self.routers.get(tenant) {
+            return Ok(*address);
         }
-        for (other, known) in &self.tenants {
-            let theirs = known.range();
-            if other != tenant && (theirs.contains(&range) || range.contains(&theirs)) {
-                return Err(TenantRefusal::Overlaps(range, theirs, other.clone()));
-            }
+        let address = self
+            .addresses
+            .take()
+            .ok_or(TenantRefusal::NoAddress(self.addresses.range()))?;
+        self.routers.insert(tenant.clone(), address);
+        Ok(address)
+    }
+
+    /// An address that is not to be given: it is in the ledger.
+    pub fn hold(&mut self, address: Ipv4Addr) {
+        self.addresses.hold(address);
+    }
+
+    /// Puts back the address of a tenant's router. One that an earlier range gave is
+    /// let go: nothing would lead to it.
+    pub fn restore_tenant(&mut self, tenant: &TenantId, address: Ipv4Addr) {
+        if self.addresses.range().contains(&address) {
+            self.addresses.hold(address);
+            self.routers.insert(tenant.clone(), address);
         }
-        if let Some(known) = self.tenants.get(tenant) {
-            let pods = self.keys(tenant).count();
-            if pods > 0 {
-                return Err(TenantRefusal::InUse {
-                    from: known.range(),
-                    to: range,
-                    pods,
-                });
-            }
-        }
-        self.tenants.insert(tenant.clone(), addresses);
-        Ok(())
     }
 
     pub fn admit(&mut self, spec: &Arc<SandboxSpec>) -> Result<Answer, Refusal> {
@@ -244,7 +242,7 @@ impl Admission {
                 self.free(),
             ));
         }
-        if !self.tenants.contains_key(&spec.tenant) {
+        if !self.routers.contains_key(&spec.tenant) {
             return Err(refuse(
                 RefusalReason::UnknownTenant,
                 format!("tenant {} has not been configured on this host", spec.tenant),
@@ -271,11 +269,10 @@ impl Admission {
                 self.free(),
             ));
         }
-        let address = self.tenants.get_mut(&spec.tenant).and_then(Addresses::take);
-        let Some(address) = address else {
+        let Some(address) = self.addresses.take() else {
             return Err(refuse(
                 RefusalReason::NoRoom,
-                format!("no free address in the range of tenant {}", spec.tenant),
+                "this host has no free address".into(),
                 self.free(),
             ));
         };
@@ -304,13 +301,11 @@ impl Admission {
         claim: Resources,
         address: Ipv4Addr,
     ) {
-        if let Some(addresses) = self.tenants.get_mut(tenant) {
-            addresses.hold(address);
-        }
+        self.addresses.hold(address);
         // That a stopped sandbox gave its address back is not in the ledger; that a later
         // one was given it is. Call in the order of admission.
         let attempts = self.here.values_mut().flat_map(BTreeMap::values_mut);
-        for other in attempts.filter(|o| o.tenant == *tenant && o.address == Some(address)) {
+        for other in attempts.filter(|o| o.address == Some(address)) {
             other.address = None;
         }
         self.here.entry(key.pod.clone()).or_default().insert(
@@ -329,10 +324,8 @@ impl Admission {
         let here = self.here.get_mut(&key.pod).and_then(|a| a.get_mut(&key.attempt));
         if let Some(here) = here {
             here.claim = Resources::default();
-            if let Some(address) = here.address.take()
-                && let Some(addresses) = self.tenants.get_mut(&here.tenant)
-            {
-                addresses.give_back(address);
+            if let Some(address) = here.address.take() {
+                self.addresses.give_back(address);
             }
         }
     }
@@ -369,23 +362,9 @@ impl Admission {
         new
     }
 
-    /// Where a tenant's next address is looked for; kept over restarts.
-    pub fn resume_addresses_after(&mut self, tenant: &TenantId, last: Ipv4Addr) {
-        if let Some(addresses) = self.tenants.get_mut(tenant) {
-            addresses.resume_after(last);
-        }
-    }
-
-    fn keys(&self, tenant: &TenantId) -> impl Iterator<Item = SandboxKey> {
-        self.here.iter().flat_map(move |(pod, attempts)| {
-            attempts
-                .iter()
-                .filter(move |(_, a)| a.tenant == *tenant)
-                .map(move |(attempt, _)| SandboxKey {
-                    pod: pod.clone(),
-                    attempt: *attempt,
-                })
-        })
+    /// Where the next address is looked for; kept over restarts.
+    pub fn resume_addresses_after(&mut self, last: Ipv4Addr) {
+        self.addresses.resume_after(last);
     }
 }
 

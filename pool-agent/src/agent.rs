@@ -104,7 +104,6 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     let board = Board::new(contents.generation);
     let runtime = Runtime::at(&config.containerd_socket);
     let runtime_version = wait_for(&runtime).await.map_err(AgentError::Runtime)?;
-    let network = Network::open(layout.clone(), &config.uplink).await?;
     let descriptors = bounds::descriptors::raise().map_err(AgentError::Descriptors)?;
     let limits = config
         .policy
@@ -116,12 +115,14 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         connections = limits.connections,
         "descriptors shared out"
     );
+    let network = Network::open(layout.clone(), &config.uplink, config.pod_range).await?;
     let mut registry = Registry::default();
     let shown = Bounds::register(registry.sub_registry_with_prefix("pool_agent"));
     let mesh = MeshRuntime::start(
         MeshConfig {
             host: config.name.clone(),
             bpffs: config.bpffs.clone(),
+            local_pods: config.pod_range,
             pool_tls,
             limits,
         },
@@ -156,7 +157,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         ledger,
         contents,
         network,
-        Admission::new(config.capacity),
+        Admission::new(config.capacity, config.pod_range),
     )
     .await
     .map_err(AgentError::Adopt)?;

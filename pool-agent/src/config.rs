@@ -1,10 +1,11 @@
 //! The agent's settings: one TOML file, parsed and checked once at the start.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
 };
 
+use ipnet::Ipv4Net;
 use pool_agent_api::{HostName, Resources};
 use serde::Deserialize;
 
@@ -45,6 +46,9 @@ pub struct Config {
     pub containerd_socket: PathBuf,
     /// The host's device towards the underlay; gives the pods their MTU.
     pub uplink: String,
+    /// This host's own: the addresses of its pods, of all tenants, and of its tenants'
+    /// routers. The underlay leads it here.
+    pub pod_range: Ipv4Net,
     pub tls: TlsFiles,
     pub capacity: Resources,
     /// What the host's operator allows.
@@ -74,6 +78,7 @@ struct File {
     cni_socket: PathBuf,
     containerd_socket: PathBuf,
     uplink: String,
+    pod_range: Ipv4Net,
     tls: TlsFiles,
     capacity: Option<Capacity>,
     #[serde(default)]
@@ -131,6 +136,8 @@ impl Config {
         if file.uplink.is_empty() || file.uplink.len() > 15 {
             return Err(invalid("uplink: must be the name of a network device".into()));
         }
+        check_range(file.pod_range, file.address)
+            .map_err(|problem| invalid(format!("pod_range: {problem}")))?;
         let found = detected(&file.state_dir);
         let capacity = file.capacity.map_or(
             Resources {
@@ -158,10 +165,44 @@ impl Config {
             cni_socket: file.cni_socket,
             containerd_socket: file.containerd_socket,
             uplink: file.uplink,
+            pod_range: file.pod_range,
             tls: file.tls,
             capacity,
             policy: file.policy,
         })
+    }
+}
+
+/// Ranges of which no address can be a pod's.
+const NO_PODS: [(Ipv4Net, &str); 5] = [
+    (Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 8), "\"this network\""),
+    (Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8), "loopback"),
+    (
+        Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16),
+        "link-local",
+    ),
+    (Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 4), "multicast"),
+    (Ipv4Net::new_assert(Ipv4Addr::new(240, 0, 0, 0), 4), "reserved"),
+];
+
+/// Whether a host with this address can give pods addresses of `range`. What its
+/// devices have is looked at when the network is opened.
+fn check_range(range: Ipv4Net, host: IpAddr) -> Result<(), String> {
+    if range != range.trunc() {
+        return Err(format!("has host bits set: write {}", range.trunc()));
+    }
+    if range.prefix_len() > 30 {
+        return Err(format!("{range} has no room for a router and a pod"));
+    }
+    if let Some((taken, what)) = NO_PODS
+        .iter()
+        .find(|(taken, _)| taken.contains(&range) || range.contains(taken))
+    {
+        return Err(format!("{range} overlaps {taken}, {what} addresses"));
+    }
+    match host {
+        IpAddr::V4(host) if range.contains(&host) => Err(format!("{range} holds the host's own {host}")),
+        _ => Ok(()),
     }
 }
 
@@ -180,6 +221,7 @@ mod tests {
         cni_socket = "/run/spindrift/cni.sock"
         containerd_socket = "/run/containerd/containerd.sock"
         uplink = "eth0"
+        pod_range = "10.77.1.0/24"
         [tls]
         certificate = "/a" 
         key = "/b"
@@ -217,6 +259,27 @@ mod tests {
             ("\"host-a\"", "\"Host A\"", "name"),
             ("\"/run/spindrift\"", "\"run\"", "run_dir"),
             ("\"eth0\"", "\"\"", "uplink"),
+            (
+                "10.77.1.0/24",
+                "10.77.1.1/24",
+                "pod_range: has host bits set: write 10.77.1.0/24",
+            ),
+            (
+                "10.77.1.0/24",
+                "10.77.1.0/31",
+                "pod_range: 10.77.1.0/31 has no room",
+            ),
+            (
+                "10.77.1.0/24",
+                "169.0.0.0/8",
+                "pod_range: 169.0.0.0/8 overlaps 169.254.0.0/16",
+            ),
+            ("10.77.1.0/24", "127.1.0.0/16", "loopback"),
+            (
+                "10.77.1.0/24",
+                "192.0.2.0/28",
+                "pod_range: 192.0.2.0/28 holds the host's own",
+            ),
         ] {
             let error = parse(&FILE.replace(from, to)).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");

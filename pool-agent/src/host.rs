@@ -20,7 +20,6 @@ use std::{
     time::Duration,
 };
 
-use ipnet::IpNet;
 use mesh_runtime::runtime::{CloseTenantError, OpenTenantError};
 use pool_agent_api::{
     Refusal, RefusalReason, Resources, SandboxKey, SandboxSpec, Tenant, TenantId,
@@ -215,32 +214,32 @@ impl Host {
         if known.as_ref().is_some_and(|known| known.settings == tenant) {
             return Ok(());
         }
-        self.state().admission.set_tenant(&tenant.id, tenant.pod_range)?;
-        if let Some(known) = &known {
+        if known.is_some() {
             if pods {
                 return Err(TenantError::InUse("its settings cannot change under them"));
             }
             // Nothing runs in it: it is made anew.
             self.inner.shop.mesh.close_tenant(&tenant.id).await?;
-            if known.settings.pod_range != tenant.pod_range {
-                self.inner.network.remove_router(&tenant.id).await?;
-            }
         }
         let opened = self.open_tenant(&tenant).await?;
         self.inner
             .ledger
             .commit(vec![Record::Tenant(tenant.clone())])
             .await?;
+        let router = opened.router.address();
         self.state().tenants.insert(tenant.id.clone(), opened);
-        tracing::info!(tenant = %tenant.id, pod_range = %tenant.pod_range, "tenant configured");
+        tracing::info!(tenant = %tenant.id, router = %router, "tenant configured");
         Ok(())
     }
 
     async fn open_tenant(&self, tenant: &Tenant) -> Result<OpenTenant, TenantError> {
-        let IpNet::V4(range) = tenant.pod_range else {
-            return Err(TenantRefusal::Unusable(tenant.pod_range).into());
-        };
-        let router = self.inner.network.router(&tenant.id, range).await?;
+        let address = self.state().admission.admit_tenant(&tenant.id)?;
+        // Before anything has it, so that no later agent gives it to somebody else.
+        self.inner
+            .ledger
+            .commit(vec![Record::Router(tenant.id.clone(), address)])
+            .await?;
+        let router = self.inner.network.router(&tenant.id, address).await?;
         self.inner.shop.mesh.open_tenant(tenant, &router).await?;
         Ok(OpenTenant {
             settings: tenant.clone(),

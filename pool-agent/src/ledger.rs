@@ -11,7 +11,7 @@
 //! agent then refuses to start rather than forget which attempts are fenced.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     fs::{File, OpenOptions},
     io::{self, Read, Write},
     net::Ipv4Addr,
@@ -75,6 +75,8 @@ pub struct Entry {
 
 #[derive(Debug, Clone, PartialEq)]
 pub enum Record {
+    /// The address that a tenant's router was given out of the host's range.
+    Router(TenantId, Ipv4Addr),
     Tenant(Tenant),
     Admitted(Entry),
     Stopping(SandboxKey, Timestamp),
@@ -87,11 +89,12 @@ pub struct Contents {
     /// How often an agent has been started here; orders revisions over restarts.
     pub generation: u32,
     pub tenants: BTreeMap<TenantId, Tenant>,
+    pub routers: BTreeMap<TenantId, Ipv4Addr>,
     pub admitted: BTreeMap<SandboxKey, Entry>,
     /// Oldest first.
     pub ended: Vec<SandboxKey>,
-    /// The last address given to each tenant.
-    pub last_address: HashMap<TenantId, Ipv4Addr>,
+    /// The last address given to a pod.
+    pub last_address: Option<Ipv4Addr>,
 }
 
 /// The writing end. Cheap to clone.
@@ -240,14 +243,11 @@ fn rewrite(path: &Path, contents: &Contents) -> io::Result<File> {
     let mut bytes = encode(&[Stored::Generation {
         number: contents.generation,
     }]);
+    for (tenant, address) in &contents.routers {
+        bytes.extend(line(&[Record::Router(tenant.clone(), *address)]));
+    }
     for tenant in contents.tenants.values() {
         bytes.extend(line(&[Record::Tenant(tenant.clone())]));
-    }
-    for (tenant, address) in &contents.last_address {
-        bytes.extend(encode(&[Stored::LastAddress {
-            tenant: tenant.to_string(),
-            address: *address,
-        }]));
     }
     for key in &contents.ended {
         bytes.extend(line(&[Record::Ended(key.clone())]));
@@ -257,6 +257,9 @@ fn rewrite(path: &Path, contents: &Contents) -> io::Result<File> {
         if let Some(by) = entry.stop_by {
             bytes.extend(line(&[Record::Stopping(entry.key.clone(), by)]));
         }
+    }
+    if let Some(address) = contents.last_address {
+        bytes.extend(encode(&[Stored::LastAddress { address }]));
     }
     let mut file = OpenOptions::new()
         .create(true)
@@ -279,7 +282,6 @@ enum Stored {
     },
     Tenant {
         id: String,
-        pod_range: String,
         cluster_pod_range: String,
         cluster_domain: String,
         dns_address: String,
@@ -289,8 +291,11 @@ enum Stored {
         mesh_cluster_id: String,
         mesh_network: String,
     },
-    LastAddress {
+    Router {
         tenant: String,
+        address: Ipv4Addr,
+    },
+    LastAddress {
         address: Ipv4Addr,
     },
     Admitted {
@@ -339,12 +344,15 @@ mod as_text {
 impl From<&Record> for Stored {
     fn from(record: &Record) -> Self {
         match record {
+            Record::Router(tenant, address) => Self::Router {
+                tenant: tenant.to_string(),
+                address: *address,
+            },
             Record::Tenant(tenant) => {
                 let t = wire::Tenant::from(tenant.clone());
                 let mesh = t.mesh_control.unwrap_or_default();
                 Self::Tenant {
                     id: t.id,
-                    pod_range: t.pod_range,
                     cluster_pod_range: t.cluster_pod_range,
                     cluster_domain: t.cluster_domain,
                     dns_address: t.dns_address,
@@ -396,7 +404,6 @@ impl Contents {
             Stored::Generation { number } => self.generation = number,
             Stored::Tenant {
                 id,
-                pod_range,
                 cluster_pod_range,
                 cluster_domain,
                 dns_address,
@@ -408,7 +415,6 @@ impl Contents {
             } => {
                 let tenant = Tenant::try_from(wire::Tenant {
                     id,
-                    pod_range,
                     cluster_pod_range,
                     cluster_domain,
                     dns_address,
@@ -422,10 +428,10 @@ impl Contents {
                 })?;
                 self.tenants.insert(tenant.id.clone(), tenant);
             }
-            Stored::LastAddress { tenant, address } => {
-                self.last_address
-                    .insert(TenantId::parse("tenant", tenant)?, address);
+            Stored::Router { tenant, address } => {
+                self.routers.insert(TenantId::parse("tenant", tenant)?, address);
             }
+            Stored::LastAddress { address } => self.last_address = Some(address),
             Stored::Admitted {
                 uid,
                 attempt,
@@ -443,7 +449,7 @@ impl Contents {
             } => {
                 let key = key(uid, attempt)?;
                 let tenant = TenantId::parse("tenant", tenant)?;
-                self.last_address.insert(tenant.clone(), address);
+                self.last_address = Some(address);
                 self.admitted.insert(
                     key.clone(),
                     Entry {

@@ -4,17 +4,23 @@
 //!
 //! ```text
 //!  host namespace            tenant's router namespace               pod's namespace
-//!  uplink                    uplink: the range's first address, /32
-//!  <range> via 169.254.1.2   default via 169.254.1.3 dev uplink      default via 169.254.1.1 dev eth0
+//!  uplink                    uplink: an address of the range, /32
+//!  <pod> via 169.254.1.2     default via 169.254.1.3 dev uplink      default via 169.254.1.1 dev eth0
 //!  sdr… ────────veth──────── uplink     sdp… ──────────veth───────── eth0: <address>/32
 //!  169.254.1.3               169.254.1.2     169.254.1.1
 //! ```
+//!
+//! One range is the host's; its configuration says which. Each pod and each router has
+//! an address of it (`admission` gives them), and the host a route to each by the
+//! router it is in: two tenants' addresses lie between each other, their packets in
+//! namespaces apart.
 //!
 //! What always holds:
 //! - neighbours are static on both ends of every pair: no ARP is needed, and none
 //!   is believed;
 //! - the host's end of a pod's pair is down until the mesh is attached to it;
-//! - an address of the range that no pod has is unreachable, not a loop;
+//! - an address of the range that nobody has is unreachable on the host, not a loop;
+//!   one that is another tenant's is unreachable in a router, not the host's to pass on;
 //! - every step may be repeated, and what an earlier agent made is adopted.
 
 mod netlink;
@@ -24,6 +30,7 @@ use std::{
     io,
     net::Ipv4Addr,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use ipnet::Ipv4Net;
@@ -73,6 +80,14 @@ pub enum NetworkError {
     },
     #[error("this host has no device {0}: correct `uplink`")]
     NoUplink(String),
+    #[error(
+        "pod_range {range} holds {address}, which this host's device {device} has: give the pods another"
+    )]
+    RangeTaken {
+        range: Ipv4Net,
+        address: Ipv4Addr,
+        device: String,
+    },
 }
 
 /// A pod's pair, made but with the host's end still down.
@@ -89,33 +104,60 @@ pub struct PodDevice {
 #[derive(Debug)]
 pub struct Network {
     layout: Layout,
-    host: Netlink,
+    host: Arc<Netlink>,
+    /// Of all addresses that are given out here.
+    range: Ipv4Net,
     mtu: u32,
 }
 
 impl Network {
-    pub async fn open(layout: Layout, uplink: &str) -> Result<Self, NetworkError> {
-        let host = Netlink::here()?;
+    pub async fn open(layout: Layout, uplink: &str, range: Ipv4Net) -> Result<Self, NetworkError> {
+        let host = Arc::new(Netlink::here()?);
         let Some(device) = host.find(uplink).await? else {
             return Err(NetworkError::NoUplink(uplink.to_owned()));
         };
+        if let Some((device, address)) = own_addresses()?.into_iter().find(|(_, a)| range.contains(a)) {
+            return Err(NetworkError::RangeTaken {
+                range,
+                address,
+                device,
+            });
+        }
         netlink::set_here("net/ipv4/ip_forward", "1")?;
+        host.add_route(range, Via::Unreachable, None).await?;
         Ok(Self {
             layout,
             host,
+            range,
             mtu: device.mtu,
         })
     }
 
-    /// The tenant's router on this host, made if need be.
-    pub async fn router(&self, tenant: &TenantId, range: Ipv4Net) -> Result<Router, NetworkError> {
-        Router::open(self, tenant, range).await
+    /// The tenant's router on this host, with this address; made if need be.
+    pub async fn router(&self, tenant: &TenantId, address: Ipv4Addr) -> Result<Router, NetworkError> {
+        Router::open(self, tenant, address).await
     }
 
-    /// Lets a tenant's router go, with all that is in it.
-    pub async fn remove_router(&self, tenant: &TenantId) -> Result<(), NetworkError> {
-        router::remove(self, tenant).await
+    /// Removes the host's routes to pods and routers other than those with these
+    /// addresses.
+    pub async fn sweep(&self, keep: impl IntoIterator<Item = Ipv4Addr>) -> Result<(), NetworkError> {
+        let keep = keep.into_iter().map(Ipv4Net::from).chain([self.range]);
+        self.host.sweep_routes(&keep.collect()).await
     }
+}
+
+/// The IPv4 addresses of the host's devices.
+fn own_addresses() -> Result<Vec<(String, Ipv4Addr)>, NetworkError> {
+    let devices = nix::ifaddrs::getifaddrs().map_err(|source| NetworkError::Kernel {
+        action: "listing the host's addresses".into(),
+        source: source.into(),
+    })?;
+    Ok(devices
+        .filter_map(|device| {
+            let address = device.address?.as_sockaddr_in()?.ip();
+            Some((device.interface_name, address))
+        })
+        .collect())
 }
 
 impl Router {
@@ -190,7 +232,8 @@ impl Router {
                 Via::Device(link.index),
                 Some(self.address()),
             )
-            .await
+            .await?;
+        self.lead(device.address, &device.name).await
     }
 
     /// The device of a pod that an earlier agent connected, if it is still there.
@@ -209,8 +252,10 @@ impl Router {
     }
 
     /// Removes a pod's pair with its routes. Nothing to do if there is none.
-    pub async fn unplug(&self, key: &SandboxKey) -> Result<(), NetworkError> {
-        self.netlink().delete(&device_name(key)).await.map(drop)
+    pub async fn unplug(&self, key: &SandboxKey, address: Ipv4Addr) -> Result<(), NetworkError> {
+        let name = device_name(key);
+        self.stop_leading(address, &name).await?;
+        self.netlink().delete(&name).await.map(drop)
     }
 
     /// Removes pods' devices that belong to none of `keep`.

@@ -19,6 +19,7 @@ mod containerd {
     pub(crate) mod faults;
     pub(crate) mod images;
     pub(crate) mod logs;
+    pub(crate) mod network;
     pub(crate) mod probes;
     pub(crate) mod volumes;
 }
@@ -34,6 +35,7 @@ fn main() -> ExitCode {
         containerd::volumes::tests(),
         containerd::probes::tests(),
         containerd::logs::tests(),
+        containerd::network::tests(),
         containerd::faults::tests(),
     ];
     suite::run(modules.into_iter().flatten().collect())

@@ -101,8 +101,6 @@ pub struct PoolTls {
 pub struct PoolHost {
     pub name: HostName,
     pub address: SocketAddr,
-    /// The slice of `cluster.pod_range` that this host gives to the tenant's pods.
-    pub pod_range: IpNet,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -203,7 +201,6 @@ mod file {
     pub(super) struct PoolHost {
         pub(super) name: String,
         pub(super) address: SocketAddr,
-        pub(super) pod_range: IpNet,
     }
 
     #[derive(Deserialize, Default)]
@@ -306,7 +303,7 @@ impl Config {
                     key: file.pool.key,
                     ca: file.pool.ca,
                 },
-                hosts: hosts(file.pool.hosts, pod_range)?,
+                hosts: hosts(file.pool.hosts)?,
             },
             node: Node {
                 labels: file.node.labels,
@@ -336,7 +333,7 @@ fn network(field: &str, net: IpNet) -> Result<IpNet, Invalid> {
     Ok(net)
 }
 
-fn hosts(hosts: Vec<file::PoolHost>, cluster: IpNet) -> Result<Vec<PoolHost>, Invalid> {
+fn hosts(hosts: Vec<file::PoolHost>) -> Result<Vec<PoolHost>, Invalid> {
     if hosts.is_empty() {
         return Err(Invalid::new("pool.hosts", "must hold at least one host"));
     }
@@ -351,26 +348,9 @@ fn hosts(hosts: Vec<file::PoolHost>, cluster: IpNet) -> Result<Vec<PoolHost>, In
                 format_args!("{name:?} is taken by another host"),
             ));
         }
-        let pod_range = network(&at("pod_range"), host.pod_range)?;
-        if !cluster.contains(&pod_range) {
-            return Err(Invalid::new(
-                at("pod_range"),
-                format_args!("must lie within cluster_pod_range {cluster}"),
-            ));
-        }
-        let overlapping = parsed
-            .iter()
-            .find(|other| other.pod_range.contains(&pod_range) || pod_range.contains(&other.pod_range));
-        if let Some(other) = overlapping {
-            return Err(Invalid::new(
-                at("pod_range"),
-                format_args!("overlaps {} of {:?}", other.pod_range, other.name),
-            ));
-        }
         parsed.push(PoolHost {
             name,
             address: host.address,
-            pod_range,
         });
     }
     Ok(parsed)
@@ -417,12 +397,10 @@ ca = "ca.crt"
 [[pool.hosts]]
 name = "host-a"
 address = "192.0.2.11:7443"
-pod_range = "10.77.1.0/24"
 
 [[pool.hosts]]
 name = "host-b"
 address = "192.0.2.12:7443"
-pod_range = "10.77.2.0/24"
 
 [node]
 taints = [{ key = "virtual-kubelet.io/provider", value = "spindrift", effect = "NoSchedule" }]
@@ -459,14 +437,9 @@ quota = { cpu = "8", memory = "16Gi", ephemeral_storage = "20Gi", pods = 220 }
             ),
             ("name = \"host-b\"", "name = \"host-a\"", "pool.hosts[1].name:"),
             (
-                "10.77.2.0/24",
-                "10.78.2.0/24",
-                "pool.hosts[1].pod_range: must lie within",
-            ),
-            (
-                "10.77.2.0/24",
-                "10.77.1.128/25",
-                "pool.hosts[1].pod_range: overlaps",
+                "address = \"192.0.2.12:7443\"",
+                "address = \"192.0.2.12:7443\"\npod_range = \"10.77.2.0/24\"",
+                "unknown field `pod_range`",
             ),
             ("cpu = \"8\"", "cpu = \"eight\"", "node.quota.cpu:"),
             (

@@ -147,7 +147,7 @@ impl Pool {
         let mut clients = BTreeMap::new();
         for host in hosts {
             let client = HostClient::new(host.name.clone(), connect(host));
-            let link = link::Link::new(client.clone(), host, membership, events.clone(), table.clone());
+            let link = link::Link::new(client.clone(), membership, events.clone(), table.clone());
             tokio::spawn(link.run());
             clients.insert(host.name.clone(), client);
         }

@@ -92,7 +92,6 @@ struct Pool {
 struct PoolHost {
     name: String,
     address: SocketAddr,
-    pod_range: String,
 }
 
 /// Gives the node its rights and certificates and tells what to run.
@@ -170,7 +169,6 @@ pub async fn join(
     let hosts = topology.hosts.iter().map(|host| PoolHost {
         name: host.name.clone(),
         address: agent_address(host),
-        pod_range: host.pod_range.clone(),
     });
     let config = Config {
         node_name: node,

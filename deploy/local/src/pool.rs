@@ -124,6 +124,7 @@ struct AgentConfig {
     cni_socket: PathBuf,
     containerd_socket: PathBuf,
     uplink: String,
+    pod_range: String,
     tls: PoolTls,
 }
 
@@ -147,6 +148,7 @@ pub fn agent(
         cni_socket: runtime.cni_socket(),
         containerd_socket: runtime.socket(),
         uplink: UPLINK.into(),
+        pod_range: host.pod_range.clone(),
         tls: pki.host(host)?,
     };
     for directory in [&config.state_dir, &config.run_dir, &config.bpffs] {

@@ -37,7 +37,7 @@ pub struct Host {
     /// `host-a`, `host-b`, …
     pub name: String,
     pub address: Ipv4Addr,
-    /// The slice of the pod range it hands out.
+    /// Of the addresses it gives to pods and routers.
     pub pod_range: String,
     pub namespace: Namespace,
 }

@@ -72,7 +72,7 @@ pub struct RouterConfig {
     pub tenant: String,
     /// The tenant's pods, over all hosts.
     pub cluster_pods: ipnet::Ipv4Net,
-    /// This host's slice of them.
+    /// The range of this host's pods, all tenants' alike.
     pub local_pods: ipnet::Ipv4Net,
     /// The cluster DNS address.
     pub dns: Ipv4Addr,

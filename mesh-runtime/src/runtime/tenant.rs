@@ -73,7 +73,7 @@ impl OpenTenant {
             source,
         };
         let cluster_pods = ipv4(id, "cluster_pod_range", tenant.cluster_pod_range)?;
-        let local_pods = ipv4(id, "pod_range", tenant.pod_range)?;
+        let local_pods = runtime.local_pods;
         let IpAddr::V4(dns) = tenant.dns_address else {
             return Err(OpenTenantError::Ipv6 {
                 tenant: id.clone(),
@@ -107,6 +107,7 @@ impl OpenTenant {
         let proxy = TenantProxy::start(TenantProxyConfig {
             tenant: tenant.clone(),
             host: runtime.host.clone(),
+            local_pods,
             host_addresses,
             router: netns,
             listeners,

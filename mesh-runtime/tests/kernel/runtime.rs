@@ -38,6 +38,7 @@ fn start(lab: &Lab) -> (MeshRuntime, Registry) {
     let config = Config {
         host: "host-a".parse().unwrap(),
         bpffs: lab.bpffs.path().to_owned(),
+        local_pods: "10.77.1.0/24".parse().unwrap(),
         pool_tls: pool_tls(),
         limits: mesh_runtime::limits::Limits::default(),
     };
@@ -51,7 +52,6 @@ fn acme() -> TenantId {
 fn tenant() -> Tenant {
     Tenant {
         id: acme(),
-        pod_range: "10.77.1.0/24".parse().unwrap(),
         cluster_pod_range: "10.77.0.0/16".parse().unwrap(),
         cluster_domain: "cluster.local".to_owned(),
         dns_address: DNS.into(),

@@ -346,10 +346,9 @@ impl Lab {
         lab
     }
 
-    fn tenant(&self, number: u8) -> Tenant {
+    fn tenant(&self) -> Tenant {
         Tenant {
             id: TENANT.parse().unwrap(),
-            pod_range: format!("10.77.{number}.0/24").parse().unwrap(),
             cluster_pod_range: "10.77.0.0/16".parse().unwrap(),
             cluster_domain: "cluster.local".to_owned(),
             dns_address: DNS.into(),
@@ -393,13 +392,14 @@ impl Lab {
             Config {
                 host: host.parse().unwrap(),
                 bpffs: bpffs.0.path().to_owned(),
+                local_pods: format!("10.77.{number}.0/24").parse().unwrap(),
                 pool_tls: self.control.host_tls(&host),
                 limits: self.limits.clone(),
             },
             &mut registry,
         );
         runtime
-            .open_tenant(&self.tenant(number), &router.path(), "uplink")
+            .open_tenant(&self.tenant(), &router.path(), "uplink")
             .await
             .unwrap();
         Host {

@@ -14,9 +14,8 @@ use crate::{
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tenant {
     pub id: TenantId,
-    /// This host's slice of the tenant's pod addresses.
-    pub pod_range: IpNet,
-    /// All pods of the tenant, over all hosts. Holds `pod_range`.
+    /// Holds the tenant's pods over all hosts, and maybe others'. Only the tenant's say:
+    /// the host gives no address by it, and lets nothing through for it.
     pub cluster_pod_range: IpNet,
     /// E.g. `cluster.local`.
     pub cluster_domain: String,
@@ -59,14 +58,7 @@ impl TryFrom<wire::Tenant> for Tenant {
             text.parse()
                 .map_err(|_| Invalid::new(field, format_args!("{text:?} is not an IP address")))
         };
-        let pod_range = cidr("pod_range", &t.pod_range)?;
         let cluster_pod_range = cidr("cluster_pod_range", &t.cluster_pod_range)?;
-        if !cluster_pod_range.contains(&pod_range) {
-            return Err(Invalid::new(
-                "pod_range",
-                format_args!("must lie within cluster_pod_range {cluster_pod_range}"),
-            ));
-        }
         if t.cluster_domain.is_empty() {
             return Err(Invalid::missing("cluster_domain"));
         }
@@ -83,7 +75,6 @@ impl TryFrom<wire::Tenant> for Tenant {
         }
         Ok(Self {
             id: TenantId::parse("id", t.id)?,
-            pod_range,
             cluster_pod_range,
             cluster_domain: t.cluster_domain,
             dns_address: ip("dns_address", &t.dns_address)?,
@@ -104,7 +95,6 @@ impl From<Tenant> for wire::Tenant {
     fn from(t: Tenant) -> Self {
         Self {
             id: t.id.into(),
-            pod_range: t.pod_range.to_string(),
             cluster_pod_range: t.cluster_pod_range.to_string(),
             cluster_domain: t.cluster_domain,
             dns_address: t.dns_address.to_string(),

@@ -1,13 +1,16 @@
-//! The addresses of one tenant on one host. Pure.
+//! The addresses of one host: of its pods, whosever they are, and of its tenants'
+//! routers. Pure.
 //!
-//! The first and the last address of the range are left out, as in any subnet,
-//! and the second is the tenant's router's own ([`router_address`]). Addresses are
-//! given in turn, so that one just given back is the last to come again: a
-//! connection or a cache that still names it finds nobody rather than another pod.
+//! They come from one range, which is the host's (its configuration says it, never
+//! a caller), and no part of it is anybody's before it is given: a tenant needs no
+//! slice, and none lies idle. The first and the last address are left out, as in any
+//! subnet. Addresses are given in turn, so that one just given back is the last to
+//! come again: a connection or a cache that still names it finds nobody rather than
+//! another pod.
 
 use std::{collections::BTreeSet, net::Ipv4Addr};
 
-use ipnet::{IpNet, Ipv4Net};
+use ipnet::Ipv4Net;
 
 #[derive(Debug, Clone)]
 pub struct Addresses {
@@ -17,23 +20,15 @@ pub struct Addresses {
     last: Ipv4Addr,
 }
 
-/// The router's own address in the tenant's slice: what the agent's probes come
-/// from, and what others on the underlay can answer.
-pub fn router_address(range: Ipv4Net) -> Ipv4Addr {
-    Ipv4Addr::from_bits(range.network().to_bits().saturating_add(1))
-}
-
 impl Addresses {
-    /// None unless the range is IPv4 and has an address for a pod.
-    pub fn of(range: IpNet) -> Option<Self> {
-        let IpNet::V4(range) = range else {
-            return None;
-        };
-        (range.prefix_len() <= 30).then(|| Self {
-            range: range.trunc(),
+    /// A range without host addresses (/31, /32) has none to give.
+    pub fn of(range: Ipv4Net) -> Self {
+        let range = range.trunc();
+        Self {
+            range,
             held: BTreeSet::new(),
-            last: router_address(range),
-        })
+            last: range.network(),
+        }
     }
 
     pub fn range(&self) -> Ipv4Net {
@@ -42,14 +37,15 @@ impl Addresses {
 
     /// The next free address.
     pub fn take(&mut self) -> Option<Ipv4Addr> {
-        let (first, last) = self.bounds();
-        // At most `held` addresses are passed over before one is free.
+        let (first, last) = self.bounds()?;
         let mut candidate = self.last.to_bits();
-        for _ in 0..=self.held.len() {
-            candidate = if candidate >= last || candidate < first {
-                first
-            } else {
+        // At most `held` addresses are passed over before one is free; fewer if the
+        // range has fewer, and then there is none.
+        for _ in 0..=self.held.len().min((last - first) as usize) {
+            candidate = if (first..last).contains(&candidate) {
                 candidate + 1
+            } else {
+                first
             };
             let address = Ipv4Addr::from_bits(candidate);
             if self.held.insert(address) {
@@ -60,6 +56,8 @@ impl Addresses {
         None
     }
 
+    /// Notes that somebody has it already. It may lie outside the range: the host's
+    /// range has changed since it was given.
     pub fn hold(&mut self, address: Ipv4Addr) {
         self.held.insert(address);
     }
@@ -74,11 +72,14 @@ impl Addresses {
         }
     }
 
-    fn bounds(&self) -> (u32, u32) {
-        (
-            router_address(self.range).to_bits() + 1,
-            self.range.broadcast().to_bits() - 1,
-        )
+    /// The first and the last that may be given.
+    fn bounds(&self) -> Option<(u32, u32)> {
+        (self.range.prefix_len() <= 30).then(|| {
+            (
+                self.range.network().to_bits() + 1,
+                self.range.broadcast().to_bits() - 1,
+            )
+        })
     }
 }
 
@@ -90,36 +91,41 @@ mod tests {
 
     use super::*;
 
+    fn of(range: &str) -> Addresses {
+        Addresses::of(range.parse().unwrap())
+    }
+
     #[test]
-    fn a_range_too_small_for_a_pod_is_refused() {
-        for (range, fits) in [
-            ("10.0.0.0/30", true),
-            ("10.0.0.0/31", false),
-            ("10.0.0.1/32", false),
-            ("fd00::/64", false),
+    fn a_range_gives_all_it_has_and_then_none() {
+        for (range, count) in [
+            ("10.0.0.0/29", 6),
+            ("10.0.0.0/30", 2),
+            ("10.0.0.0/31", 0),
+            ("10.0.0.1/32", 0),
         ] {
-            assert_eq!(Addresses::of(range.parse().unwrap()).is_some(), fits, "{range}");
+            let mut addresses = of(range);
+            let given = std::iter::from_fn(|| addresses.take()).count();
+            assert_eq!(given, count, "{range}");
         }
     }
 
     #[test]
-    fn the_smallest_range_has_one_address() {
-        let mut addresses = Addresses::of("10.0.0.0/30".parse().unwrap()).unwrap();
-        let only: Ipv4Addr = "10.0.0.2".parse().unwrap();
-        assert_eq!(addresses.take(), Some(only));
-        assert_eq!(addresses.take(), None);
-        addresses.give_back(only);
-        assert_eq!(addresses.take(), Some(only));
-    }
-
-    #[test]
     fn an_address_given_back_is_the_last_to_come_again() {
-        let mut addresses = Addresses::of("10.0.0.0/28".parse().unwrap()).unwrap();
+        let mut addresses = of("10.0.0.0/28");
         let first = addresses.take().unwrap();
         addresses.give_back(first);
         let others: Vec<_> = std::iter::from_fn(|| addresses.take()).collect();
-        assert_eq!(others.len(), 13);
+        assert_eq!(others.len(), 14);
         assert_eq!(others.last(), Some(&first));
+    }
+
+    #[test]
+    fn an_address_of_an_earlier_range_is_held_and_takes_no_room() {
+        let mut addresses = of("10.0.0.0/30");
+        let earlier: Ipv4Addr = "10.9.9.9".parse().unwrap();
+        addresses.hold(earlier);
+        addresses.resume_after(earlier);
+        assert_eq!(std::iter::from_fn(|| addresses.take()).count(), 2);
     }
 
     proptest! {
@@ -129,7 +135,7 @@ mod tests {
             steps in proptest::collection::vec((any::<bool>(), any::<prop::sample::Index>()), 1..400),
         ) {
             let range: Ipv4Net = format!("10.9.8.0/{prefix}").parse().unwrap();
-            let mut addresses = Addresses::of(range.into()).unwrap();
+            let mut addresses = Addresses::of(range);
             let mut held = HashSet::new();
             for (take, which) in steps {
                 if take || held.is_empty() {
@@ -138,10 +144,9 @@ mod tests {
                             prop_assert!(range.contains(&address));
                             prop_assert_ne!(address, range.network());
                             prop_assert_ne!(address, range.broadcast());
-                            prop_assert_ne!(address, router_address(range));
                             prop_assert!(held.insert(address), "{address} given twice");
                         }
-                        None => prop_assert_eq!(held.len(), (1usize << (32 - prefix)) - 3),
+                        None => prop_assert_eq!(held.len(), (1usize << (32 - prefix)) - 2),
                     }
                 } else {
                     let mut all: Vec<_> = held.iter().copied().collect();

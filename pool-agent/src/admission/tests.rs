@@ -27,10 +27,8 @@ fn sandbox(pod: &str, attempt: u32, cpu_millis: u64) -> Arc<SandboxSpec> {
 }
 
 fn with_capacity(capacity: Resources) -> Admission {
-    let mut admission = Admission::new(capacity);
-    admission
-        .set_tenant(&"demo".parse().unwrap(), "10.77.1.0/28".parse().unwrap())
-        .unwrap();
+    let mut admission = Admission::new(capacity, "10.77.1.0/28".parse().unwrap());
+    admission.admit_tenant(&"demo".parse().unwrap()).unwrap();
     admission
 }
 
@@ -158,25 +156,69 @@ fn what_does_not_fit_is_refused_with_what_is_free() {
 }
 
 #[test]
-fn a_range_is_the_tenants_alone_and_does_not_change_under_pods() {
-    let mut admission = open();
+fn no_two_pods_or_routers_of_any_tenants_have_one_address() {
+    let plenty = Resources {
+        sandboxes: 100,
+        ..capacity()
+    };
+    let mut admission = with_capacity(plenty);
     let (demo, other): (TenantId, TenantId) = ("demo".parse().unwrap(), "other".parse().unwrap());
+    let mut given = HashSet::from([admission.admit_tenant(&demo).unwrap()]);
+    assert!(given.insert(admission.admit_tenant(&other).unwrap()));
+    assert!(
+        !given.insert(admission.admit_tenant(&other).unwrap()),
+        "the same again"
+    );
+    for pod in 0..12 {
+        let tenant = if pod % 2 == 0 { &demo } else { &other };
+        let spec = Arc::new(spec(&format!("p{pod}"), |parts| {
+            parts.tenant = tenant.clone();
+            parts.claim = Resources {
+                sandboxes: 1,
+                ..Resources::default()
+            };
+        }));
+        match admission.admit(&spec) {
+            Ok(Answer::Admitted { address, .. }) => assert!(given.insert(address), "{address} twice"),
+            other => panic!("{other:?}"),
+        }
+    }
+    // A /28 has 14.
+    assert_eq!(
+        reason(admission.admit(&sandbox("late", 1, 0))),
+        RefusalReason::NoRoom
+    );
     assert!(matches!(
-        admission.set_tenant(&other, "10.77.0.0/16".parse().unwrap()),
-        Err(TenantRefusal::Overlaps(..))
+        admission.admit_tenant(&"third".parse().unwrap()),
+        Err(TenantRefusal::NoAddress(_))
     ));
-    assert!(matches!(
-        admission.set_tenant(&other, "fd00::/64".parse().unwrap()),
-        Err(TenantRefusal::Unusable(_))
-    ));
-    let range = "10.77.9.0/24".parse().unwrap();
-    admission.set_tenant(&demo, range).unwrap();
-    admission.admit(&sandbox("a", 1, 1)).unwrap();
-    admission.set_tenant(&demo, range).unwrap();
-    assert!(matches!(
-        admission.set_tenant(&demo, "10.77.8.0/24".parse().unwrap()),
-        Err(TenantRefusal::InUse { pods: 1, .. })
-    ));
+}
+
+#[test]
+fn addresses_are_held_again_after_a_restart_whosever_they_are() {
+    let range: Ipv4Net = "10.77.1.0/29".parse().unwrap();
+    let (demo, other): (TenantId, TenantId) = ("demo".parse().unwrap(), "other".parse().unwrap());
+    let mut admission = Admission::new(capacity(), range);
+    let at = |last| Ipv4Addr::new(10, 77, 1, last);
+    admission.restore_tenant(&demo, at(1));
+    admission.restore_tenant(&other, Ipv4Addr::new(10, 9, 9, 9));
+    let key = |pod: &str| sandbox(pod, 1, 0).key.clone();
+    admission.restore(&key("a"), &demo, None, Resources::default(), at(2));
+    // Given to another tenant's pod since the first one stopped.
+    admission.restore(&key("b"), &other, None, Resources::default(), at(2));
+    admission.resume_addresses_after(at(4));
+    assert_eq!(admission.admit_tenant(&demo), Ok(at(1)));
+    assert_eq!(
+        admission.admit_tenant(&other),
+        Ok(at(5)),
+        "its old one was of another range"
+    );
+    admission.release(&key("a"));
+    let mut next = |pod: &str| match admission.admit(&sandbox(pod, 1, 0)) {
+        Ok(Answer::Admitted { address, .. }) => address,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!([next("c"), next("d"), next("e")], [at(6), at(3), at(4)]);
 }
 
 #[test]

@@ -93,13 +93,14 @@ impl Host {
         let handlers = shop.runtime.handlers().await?;
         let mut there = everything(&shop).await?;
         let mut unopened: HashMap<TenantId, String> = HashMap::new();
-        for tenant in contents.tenants.values() {
-            if let Err(refusal) = admission.set_tenant(&tenant.id, tenant.pod_range) {
-                unopened.insert(tenant.id.clone(), refusal.to_string());
-            }
+        for entry in contents.admitted.values() {
+            admission.hold(entry.address);
         }
-        for (tenant, last) in &contents.last_address {
-            admission.resume_addresses_after(tenant, *last);
+        for (tenant, address) in &contents.routers {
+            admission.restore_tenant(tenant, *address);
+        }
+        if let Some(last) = contents.last_address {
+            admission.resume_addresses_after(last);
         }
         for key in &contents.ended {
             admission.fence(key);
@@ -119,11 +120,13 @@ impl Host {
                 configuring: tokio::sync::Mutex::default(),
             }),
         };
+        let pods = contents.admitted.values().map(|entry| entry.address);
+        let routers = contents.routers.values().copied();
+        if let Err(error) = host.inner.network.sweep(pods.chain(routers)).await {
+            tracing::warn!(error = described(&error), "routes to ended sandboxes stay");
+        }
         let keep: Vec<SandboxKey> = contents.admitted.keys().cloned().collect();
         for tenant in contents.tenants.values() {
-            if unopened.contains_key(&tenant.id) {
-                continue;
-            }
             // Its pods would be lost for something that passes.
             let patience = ConstantBuilder::new()
                 .with_delay(AGAIN)
@@ -375,7 +378,7 @@ impl Host {
         shop.mesh.detach(&entry.key).await;
         let router = self.state().tenants.get(&entry.tenant).map(|t| t.router.clone());
         if let Some(router) = router {
-            while let Err(error) = router.unplug(&entry.key).await {
+            while let Err(error) = router.unplug(&entry.key, entry.address).await {
                 tracing::warn!(error = %error, "what is left of a sandbox cannot be unplugged");
                 tokio::time::sleep(AGAIN).await;
             }

@@ -45,7 +45,7 @@ async fn what_was_committed_is_there_after_a_restart() {
         let (_, contents) = Ledger::open(&path).unwrap();
         assert_eq!(contents.generation, generation);
         assert_eq!(contents.ended, std::slice::from_ref(&a.key));
-        assert_eq!(contents.last_address.values().next(), Some(&b.address));
+        assert_eq!(contents.last_address, Some(b.address));
         let known = Entry {
             stop_by: Some(by),
             ..b.clone()

@@ -2,6 +2,7 @@
 //! of which may be repeated.
 
 use std::{
+    collections::HashSet,
     fs::File,
     io,
     net::{IpAddr, Ipv4Addr},
@@ -14,13 +15,18 @@ use mesh_runtime::netns::Netns;
 use rtnetlink::{
     Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
     packet_route::{
+        address::AddressAttribute,
         link::{InfoData, InfoVeth, LinkAttribute},
         neighbour::NeighbourState,
-        route::{RouteScope, RouteType},
+        route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType},
     },
 };
 
 use super::NetworkError;
+
+/// By this number this agent's routes are told from others', as `ip route` shows:
+/// `proto 83`. Not one of those that iproute2 names.
+const OURS: RouteProtocol = RouteProtocol::Other(83);
 
 /// A netlink socket in one namespace, with the task that serves it.
 #[derive(Debug)]
@@ -174,6 +180,30 @@ impl Netlink {
             .map_err(|e| failed(format!("adding address {address}"), e))
     }
 
+    /// Makes `address` the device's only one.
+    pub(super) async fn set_address(&self, index: u32, address: Ipv4Addr) -> Result<(), NetworkError> {
+        self.add_address(index, address).await?;
+        let all: Vec<_> = self
+            .handle
+            .address()
+            .get()
+            .set_link_index_filter(index)
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|e| failed(format!("listing the addresses of device {index}"), e))?;
+        let own = AddressAttribute::Local(IpAddr::V4(address));
+        for other in all.into_iter().filter(|a| !a.attributes.contains(&own)) {
+            match self.handle.address().del(other).execute().await {
+                Err(error) if errno(&error) != Some(libc::EADDRNOTAVAIL) => {
+                    return Err(failed(format!("removing an address of device {index}"), error));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     pub(super) async fn add_neighbour(
         &self,
         index: u32,
@@ -197,23 +227,77 @@ impl Netlink {
         via: Via,
         source: Option<Ipv4Addr>,
     ) -> Result<(), NetworkError> {
-        let mut route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(to.addr(), to.prefix_len());
-        route = match via {
-            Via::Gateway(gateway, index) => route.gateway(gateway).output_interface(index).onlink(),
-            Via::Device(index) => route.output_interface(index).scope(RouteScope::Link),
-            Via::Unreachable => route.kind(RouteType::Unreachable),
-        };
-        if let Some(source) = source {
-            route = route.pref_source(source);
-        }
         self.handle
             .route()
-            .add(route.build())
+            .add(route(to, via, source))
             .replace()
             .execute()
             .await
             .map_err(|e| failed(format!("adding the route to {to}"), e))
     }
+
+    /// Removes this agent's route to `to` by that way. Nothing to do if there is none.
+    pub(super) async fn remove_route(&self, to: Ipv4Net, via: Via) -> Result<(), NetworkError> {
+        self.delete_route(to, route(to, via, None)).await
+    }
+
+    /// Removes those of this agent's routes in the main table that lead to none of
+    /// `keep`. What others have put there stays.
+    pub(super) async fn sweep_routes(&self, keep: &HashSet<Ipv4Net>) -> Result<(), NetworkError> {
+        let everything = RouteMessageBuilder::<Ipv4Addr>::new().build();
+        let all: Vec<RouteMessage> = self
+            .handle
+            .route()
+            .get(everything)
+            .execute()
+            .try_collect()
+            .await
+            .map_err(|e| failed("listing the routes".into(), e))?;
+        for route in all {
+            if let Some(to) = destination(&route)
+                && route.header.protocol == OURS
+                && !keep.contains(&to)
+            {
+                tracing::info!(%to, "removing a route to nobody");
+                self.delete_route(to, route).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn delete_route(&self, to: Ipv4Net, route: RouteMessage) -> Result<(), NetworkError> {
+        match self.handle.route().del(route).execute().await {
+            // It went with its device.
+            Err(error) if errno(&error) != Some(libc::ESRCH) && errno(&error) != Some(libc::ENODEV) => {
+                Err(failed(format!("removing the route to {to}"), error))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn route(to: Ipv4Net, via: Via, source: Option<Ipv4Addr>) -> RouteMessage {
+    let mut route = RouteMessageBuilder::<Ipv4Addr>::new()
+        .destination_prefix(to.addr(), to.prefix_len())
+        .protocol(OURS);
+    route = match via {
+        Via::Gateway(gateway, index) => route.gateway(gateway).output_interface(index).onlink(),
+        Via::Device(index) => route.output_interface(index).scope(RouteScope::Link),
+        Via::Unreachable => route.kind(RouteType::Unreachable),
+    };
+    if let Some(source) = source {
+        route = route.pref_source(source);
+    }
+    route.build()
+}
+
+fn destination(route: &RouteMessage) -> Option<Ipv4Net> {
+    route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(address)) => {
+            Ipv4Net::new(*address, route.header.destination_prefix_length).ok()
+        }
+        _ => None,
+    })
 }
 
 fn errno(error: &rtnetlink::Error) -> Option<i32> {

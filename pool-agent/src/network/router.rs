@@ -3,6 +3,7 @@
 //! are made there too.
 
 use std::{
+    collections::HashMap,
     fs::File,
     io,
     net::Ipv4Addr,
@@ -13,17 +14,17 @@ use std::{
 use ipnet::Ipv4Net;
 use mesh_runtime::netns::Netns;
 use nix::{
-    mount::{MntFlags, MsFlags, mount, umount2},
+    mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
 };
 use pool_agent_api::TenantId;
+use tokio::sync::Mutex;
 
 use super::{
     HOST_GATEWAY, HOST_MAC, Network, NetworkError, ROUTER_GATEWAY, ROUTER_MAC, ROUTER_UPLINK,
     netlink::{Netlink, Via, set_here, set_within},
     short_name,
 };
-use crate::admission::router_address;
 
 /// Cheap to clone.
 #[derive(Debug, Clone)]
@@ -35,9 +36,15 @@ pub struct Router {
 struct Inner {
     netns: Netns,
     netlink: Netlink,
+    /// The host's own, with the index there of the pair's other end.
+    host: Arc<Netlink>,
+    outside: u32,
     path: PathBuf,
     address: Ipv4Addr,
     mtu: u32,
+    /// Which device each address that the host leads here is behind: of two pods that
+    /// had one after the other, the one that ends late takes nothing from the other.
+    led: Mutex<HashMap<Ipv4Addr, String>>,
 }
 
 impl Router {
@@ -50,7 +57,8 @@ impl Router {
         &self.inner.netns
     }
 
-    /// The router's own address, out of the tenant's range.
+    /// The router's own address, out of the host's range: what the agent's probes come
+    /// from, and what others on the underlay can answer.
     pub fn address(&self) -> Ipv4Addr {
         self.inner.address
     }
@@ -63,10 +71,36 @@ impl Router {
         self.inner.mtu
     }
 
+    /// Leads the host's packets for `address`, which is behind `device` in here, to here.
+    pub(super) async fn lead(&self, address: Ipv4Addr, device: &str) -> Result<(), NetworkError> {
+        let mut led = self.inner.led.lock().await;
+        self.inner
+            .host
+            .add_route(address.into(), self.way(), None)
+            .await?;
+        led.insert(address, device.to_owned());
+        Ok(())
+    }
+
+    /// Leads them here no more, unless another device has the address by now.
+    pub(super) async fn stop_leading(&self, address: Ipv4Addr, device: &str) -> Result<(), NetworkError> {
+        let mut led = self.inner.led.lock().await;
+        if led.get(&address).is_some_and(|newer| newer != device) {
+            return Ok(());
+        }
+        self.inner.host.remove_route(address.into(), self.way()).await?;
+        led.remove(&address);
+        Ok(())
+    }
+
+    fn way(&self) -> Via {
+        Via::Gateway(ROUTER_GATEWAY, self.inner.outside)
+    }
+
     pub(super) async fn open(
         network: &Network,
         tenant: &TenantId,
-        range: Ipv4Net,
+        address: Ipv4Addr,
     ) -> Result<Self, NetworkError> {
         let path = network.layout.router(tenant);
         let in_namespace = |source| NetworkError::Namespace {
@@ -96,7 +130,6 @@ impl Router {
             set_within(&netns, "net/ipv6/conf/default/disable_ipv6", "1")?;
             set_within(&netns, "net/ipv6/conf/all/disable_ipv6", "1")?;
         }
-        let address = router_address(range);
         let lo = required(&netlink, "lo").await?;
         netlink.raise(lo).await?;
 
@@ -118,14 +151,15 @@ impl Router {
         }
         let inside = required(&netlink, ROUTER_UPLINK).await?;
         // On this device: the mesh takes what comes from here for the host's own.
-        netlink.add_address(inside, address).await?;
+        netlink.set_address(inside, address).await?;
         netlink.raise(inside).await?;
         netlink.add_neighbour(inside, HOST_GATEWAY, HOST_MAC).await?;
         let default = Via::Gateway(HOST_GATEWAY, inside);
         netlink
             .add_route(Ipv4Net::default(), default, Some(address))
             .await?;
-        netlink.add_route(range, Via::Unreachable, None).await?;
+        // Other tenants' pods of this host are in it too.
+        netlink.add_route(network.range, Via::Unreachable, None).await?;
 
         let index = required(host, &outside).await?;
         if Path::new("/proc/sys/net/ipv6").exists() {
@@ -133,17 +167,20 @@ impl Router {
         }
         host.raise(index).await?;
         host.add_neighbour(index, ROUTER_GATEWAY, ROUTER_MAC).await?;
-        host.add_route(range, Via::Gateway(ROUTER_GATEWAY, index), None)
-            .await?;
-        Ok(Self {
+        let router = Self {
             inner: Arc::new(Inner {
                 netns,
                 netlink,
+                host: network.host.clone(),
+                outside: index,
                 path,
                 address,
                 mtu: network.mtu,
+                led: Mutex::default(),
             }),
-        })
+        };
+        router.lead(address, ROUTER_UPLINK).await?;
+        Ok(router)
     }
 }
 
@@ -189,21 +226,4 @@ fn is_namespace(path: &Path) -> bool {
     /// `NSFS_MAGIC` of linux/magic.h.
     const NSFS: i64 = 0x6e73_6673;
     nix::sys::statfs::statfs(path).is_ok_and(|fs| fs.filesystem_type().0 == NSFS)
-}
-
-/// Removes the pair to the host with its routes, and the namespace.
-pub(super) async fn remove(network: &Network, tenant: &TenantId) -> Result<(), NetworkError> {
-    network.host.delete(&short_name("sdr", tenant.as_str())).await?;
-    let path = network.layout.router(tenant);
-    drop_namespace(&path).map_err(|source| NetworkError::Namespace { path, source })
-}
-
-fn drop_namespace(path: &Path) -> io::Result<()> {
-    if is_namespace(path) {
-        umount2(path, MntFlags::MNT_DETACH)?;
-    }
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }

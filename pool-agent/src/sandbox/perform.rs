@@ -283,7 +283,7 @@ impl Hands {
             }
             Teardown::Network => self
                 .router
-                .unplug(self.key())
+                .unplug(self.key(), self.address)
                 .await
                 .map_err(|e| Trouble::new("FailedKillPod", described(&e))),
             Teardown::Volumes => {

@@ -51,10 +51,9 @@ fn instance() -> InstanceName {
     "host-suite".parse().unwrap()
 }
 
-/// A tenant, with its half of the host's slice of pod addresses.
+/// A tenant of the host.
 pub(super) struct Tenant {
     pub(super) name: &'static str,
-    range: &'static str,
     control: SocketAddr,
     client: PoolAgentClient<Channel>,
     pub(super) seen: Arc<Seen>,
@@ -104,8 +103,8 @@ impl Host {
             .start(&layout, START)
             .await?;
 
-        let ours = Tenant::join("ours", "10.77.1.0/25", 15012, &topology, &pki).await?;
-        let theirs = Tenant::join("theirs", "10.77.1.128/25", 15013, &topology, &pki).await?;
+        let ours = Tenant::join("ours", 15012, &topology, &pki).await?;
+        let theirs = Tenant::join("theirs", 15013, &topology, &pki).await?;
         Ok(Self {
             layout,
             topology,
@@ -202,6 +201,16 @@ impl Host {
         Ok(())
     }
 
+    /// The host's own network.
+    pub(super) fn namespace(&self) -> &Namespace {
+        &self.topology.hosts[0].namespace
+    }
+
+    /// Of its pods' addresses.
+    pub(super) fn range(&self) -> ipnet::IpNet {
+        self.topology.hosts[0].pod_range.parse().unwrap()
+    }
+
     pub(super) fn agent_log(&self) -> anyhow::Result<String> {
         Ok(std::fs::read_to_string(self.agent()?.log(&self.layout))?)
     }
@@ -282,20 +291,13 @@ impl Host {
 
 impl Tenant {
     /// Configures the tenant on the host and begins to watch.
-    async fn join(
-        name: &'static str,
-        range: &'static str,
-        port: u16,
-        topology: &Topology,
-        pki: &PoolPki,
-    ) -> anyhow::Result<Self> {
+    async fn join(name: &'static str, port: u16, topology: &Topology, pki: &PoolPki) -> anyhow::Result<Self> {
         let own = pki.virtual_node(name)?;
         let control = SocketAddr::from((VIRTUAL_NODE, port));
         control::serve(&topology.lab, control, &own).await?;
         let client = dial(&topology.lab, agent_address(&topology.hosts[0]), &own)?;
         let tenant = Self {
             name,
-            range,
             control,
             client,
             seen: Arc::new(Seen::new()),
@@ -310,7 +312,6 @@ impl Tenant {
     pub(super) async fn configure(&self) -> anyhow::Result<()> {
         let settings = wire::Tenant {
             id: self.name.into(),
-            pod_range: self.range.into(),
             cluster_pod_range: POD_RANGE.into(),
             cluster_domain: "cluster.local".into(),
             dns_address: CLUSTER_DNS.to_string(),

@@ -12,7 +12,6 @@ use tokio::sync::{mpsc, watch};
 use tracing::{Instrument, info, info_span, warn};
 
 use super::{CallError, HostClient, HostTable, HostView, Membership, News, PoolEvent};
-use crate::config::PoolHost;
 
 /// How often a host says what it has free.
 const PING: Duration = Duration::from_secs(5);
@@ -47,7 +46,6 @@ enum SessionError {
 impl Link {
     pub(super) fn new(
         client: HostClient,
-        host: &PoolHost,
         membership: &Membership,
         events: mpsc::Sender<PoolEvent>,
         table: Arc<watch::Sender<HostTable>>,
@@ -62,7 +60,6 @@ impl Link {
             client,
             tenant: Tenant {
                 id: tenant.clone(),
-                pod_range: host.pod_range,
                 cluster_pod_range: cluster.pod_range,
                 cluster_domain: cluster.domain.clone(),
                 dns_address: cluster.dns_address,

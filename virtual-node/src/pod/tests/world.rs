@@ -345,7 +345,6 @@ fn pool_host(name: &str) -> config::PoolHost {
     config::PoolHost {
         name: name.parse().unwrap(),
         address: "192.0.2.11:7443".parse().unwrap(),
-        pod_range: "10.77.1.0/24".parse().unwrap(),
     }
 }
 
