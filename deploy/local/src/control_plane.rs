@@ -1,9 +1,13 @@
 //! A Kubernetes control plane for the lab: etcd, API server, controller manager
 //! and scheduler, a process each from the one `devcluster` binary, in the `lab`
 //! namespace. Nothing of it is special to Spindrift; these are the flags an
-//! operator would set.
+//! operator would set. A lab has one for the tenant, and may have another beside
+//! it for the pool itself, its cell.
 
-use std::path::{Path, PathBuf};
+use std::{
+    net::Ipv4Addr,
+    path::{Path, PathBuf},
+};
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 
@@ -13,10 +17,61 @@ use crate::{
     instance::Layout,
     netns::Namespace,
     pki::{Authority, Credential, PkiError, Subject, signing_key},
-    topology::{API_SERVER, API_SERVER_PORT, KUBERNETES_SERVICE, SERVICE_RANGE},
+    topology::{API_SERVER, API_SERVER_PORT, CELL, CELL_SERVICE_RANGE, KUBERNETES_SERVICE, SERVICE_RANGE},
 };
 
+/// Whose control plane. They stand side by side in one namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Owner {
+    /// The cluster that the pods are of.
+    Tenant,
+    /// The pool, whose hosts and claims it holds.
+    Cell,
+}
+
+impl Owner {
+    /// The component's name in the lab.
+    pub fn component(self, program: &str) -> String {
+        match self {
+            Self::Tenant => program.to_owned(),
+            Self::Cell => format!("cell-{program}"),
+        }
+    }
+
+    pub fn address(self) -> Ipv4Addr {
+        match self {
+            Self::Tenant => API_SERVER,
+            Self::Cell => CELL,
+        }
+    }
+
+    fn service_range(self) -> &'static str {
+        match self {
+            Self::Tenant => SERVICE_RANGE,
+            Self::Cell => CELL_SERVICE_RANGE,
+        }
+    }
+
+    /// Its credentials' directory.
+    fn directory(self) -> &'static str {
+        match self {
+            Self::Tenant => "cluster",
+            Self::Cell => "cell",
+        }
+    }
+
+    /// On loopback, as is what serves the health and metrics of a program that
+    /// listens there by default at `port`.
+    fn port(self, port: u16) -> u16 {
+        match self {
+            Self::Tenant => port,
+            Self::Cell => port + 10_000,
+        }
+    }
+}
+
 pub struct ControlPlane {
+    owner: Owner,
     pub etcd: Component,
     pub api_server: Component,
     /// Both need a serving API server.
@@ -37,12 +92,22 @@ pub enum KubeconfigError {
     },
 }
 
-const ETCD: ([u8; 4], u16) = ([127, 0, 0, 1], 2379);
+const LOOPBACK: [u8; 4] = [127, 0, 0, 1];
+/// As by default: etcd for clients and for its peers, the two controllers.
+const ETCD: u16 = 2379;
+const ETCD_PEER: u16 = 2380;
+const CONTROLLER_MANAGER: u16 = 10257;
+const SCHEDULER: u16 = 10259;
 
 impl ControlPlane {
     /// Issues what is missing of its credentials and tells what to run.
-    pub fn new(layout: &Layout, lab: &Namespace, devcluster: &Path) -> Result<Self, ControlPlaneError> {
-        let directory = layout.pki().join("cluster");
+    pub fn new(
+        owner: Owner,
+        layout: &Layout,
+        lab: &Namespace,
+        devcluster: &Path,
+    ) -> Result<Self, ControlPlaneError> {
+        let directory = layout.pki().join(owner.directory());
         let authority = Authority::open(directory.clone(), "kubernetes")?;
         let issue = |name: &str, organization: Option<&str>| {
             let subject = Subject {
@@ -53,24 +118,29 @@ impl ControlPlane {
             authority.credential(name, &subject)
         };
         let admin = issue("kubernetes-admin", Some("system:masters"))?;
-        let kubelet_client = issue("kube-apiserver-kubelet-client", Some("system:masters"))?;
-        let serving = authority.credential("kube-apiserver", &Self::serving())?;
+        let serving = authority.credential("kube-apiserver", &Self::serving(owner))?;
         let (token_key, token_public) = signing_key(&directory, "service-account")?;
         let ca = authority.certificate();
 
-        let run = |name: &str| Component::new(name, devcluster).arg(name).within(lab);
-        let [etcd_client, etcd_peer] = [ETCD.1, ETCD.1 + 1].map(|port| format!("http://127.0.0.1:{port}"));
+        let run = |name: &str| {
+            Component::new(owner.component(name), devcluster)
+                .arg(name)
+                .within(lab)
+        };
+        let [etcd_client, etcd_peer] =
+            [ETCD, ETCD_PEER].map(|port| format!("http://127.0.0.1:{}", owner.port(port)));
         let etcd = run("etcd")
-            .path_flag("data-dir", layout.data().join("etcd"))
+            .path_flag("data-dir", layout.data().join(owner.component("etcd")))
             .flag("listen-client-url", &etcd_client)
             .flag("listen-peer-url", etcd_peer)
             // A lab that loses power is made anew.
             .arg("--unsafe-no-fsync")
-            .ready_when(Ready::Accepts(ETCD.into()));
+            .ready_when(Ready::Accepts((LOOPBACK, owner.port(ETCD)).into()));
         let api_server = run("kube-apiserver")
             .flag("etcd-servers", etcd_client)
             // Also the endpoint of the `kubernetes` Service, which pods dial.
-            .flag("advertise-address", API_SERVER)
+            .flag("advertise-address", owner.address())
+            .flag("bind-address", owner.address())
             .flag("secure-port", API_SERVER_PORT)
             .path_flag("tls-cert-file", &serving.certificate)
             .path_flag("tls-private-key-file", &serving.key)
@@ -81,19 +151,27 @@ impl ControlPlane {
             )
             .path_flag("service-account-key-file", token_public)
             .path_flag("service-account-signing-key-file", &token_key)
-            .flag("service-cluster-ip-range", SERVICE_RANGE)
+            .flag("service-cluster-ip-range", owner.service_range())
             .flag("authorization-mode", "Node,RBAC")
             .flag("enable-admission-plugins", "NodeRestriction")
-            .path_flag("kubelet-certificate-authority", &ca)
-            .path_flag("kubelet-client-certificate", &kubelet_client.certificate)
-            .path_flag("kubelet-client-key", &kubelet_client.key)
-            // Names of nodes do not resolve here.
-            .flag("kubelet-preferred-address-types", "InternalIP,Hostname")
-            .arg("--allow-privileged")
-            .ready_when(Ready::Accepts((API_SERVER, API_SERVER_PORT).into()));
+            .ready_when(Ready::Accepts((owner.address(), API_SERVER_PORT).into()));
+        let api_server = match owner {
+            Owner::Tenant => {
+                let kubelet_client = issue("kube-apiserver-kubelet-client", Some("system:masters"))?;
+                api_server
+                    .path_flag("kubelet-certificate-authority", &ca)
+                    .path_flag("kubelet-client-certificate", &kubelet_client.certificate)
+                    .path_flag("kubelet-client-key", &kubelet_client.key)
+                    // Names of nodes do not resolve here.
+                    .flag("kubelet-preferred-address-types", "InternalIP,Hostname")
+                    .arg("--allow-privileged")
+            }
+            // Nobody asks a host by way of the cell. Hosts join with a token.
+            Owner::Cell => api_server.arg("--enable-bootstrap-token-auth"),
+        };
 
-        let endpoint = Self::inside(&authority)?;
-        let controller = |name: &str| -> Result<Component, ControlPlaneError> {
+        let endpoint = Self::inside(owner, &authority)?;
+        let controller = |name: &str, port: u16| -> Result<Component, ControlPlaneError> {
             let credential = issue(&format!("system:{name}"), None)?;
             let kubeconfig = directory.join(format!("{name}.kubeconfig"));
             write_kubeconfig(&kubeconfig, &endpoint, &credential)?;
@@ -102,17 +180,24 @@ impl ControlPlane {
                 .path_flag("authentication-kubeconfig", &kubeconfig)
                 .path_flag("authorization-kubeconfig", &kubeconfig)
                 .flag("bind-address", "127.0.0.1")
+                .flag("secure-port", owner.port(port))
                 // There is one of it.
                 .flag("leader-elect", false))
         };
-        let manager = controller("kube-controller-manager")?
+        let manager = controller("kube-controller-manager", CONTROLLER_MANAGER)?
             .arg("--use-service-account-credentials")
             .path_flag("service-account-private-key-file", token_key)
             .path_flag("root-ca-file", &ca)
             .path_flag("cluster-signing-cert-file", &ca)
             .path_flag("cluster-signing-key-file", authority.key());
-        let scheduler = controller("kube-scheduler")?;
+        let manager = match owner {
+            Owner::Tenant => manager,
+            // Off unless it is named: it removes bootstrap tokens that have ended.
+            Owner::Cell => manager.flag("controllers", "*,token-cleaner-controller"),
+        };
+        let scheduler = controller("kube-scheduler", SCHEDULER)?;
         Ok(Self {
+            owner,
             etcd,
             api_server,
             controllers: [manager, scheduler],
@@ -123,18 +208,18 @@ impl ControlPlane {
 
     /// How it is reached from the lab's namespaces.
     pub fn endpoint(&self) -> Result<Endpoint, ControlPlaneError> {
-        Self::inside(&self.authority)
+        Self::inside(self.owner, &self.authority)
     }
 
-    fn inside(authority: &Authority) -> Result<Endpoint, ControlPlaneError> {
+    fn inside(owner: Owner, authority: &Authority) -> Result<Endpoint, ControlPlaneError> {
         Ok(Endpoint {
-            url: format!("https://{API_SERVER}:{API_SERVER_PORT}"),
+            url: format!("https://{}:{API_SERVER_PORT}", owner.address()),
             authority: Some(authority.pem()?),
             server_name: None,
         })
     }
 
-    fn serving() -> Subject {
+    fn serving(owner: Owner) -> Subject {
         let names = [
             "kubernetes",
             "kubernetes.default",
@@ -150,7 +235,7 @@ impl ControlPlane {
                 .collect(),
             // The last is where the relay listens for the user's kubectl.
             addresses: vec![
-                API_SERVER.into(),
+                owner.address().into(),
                 KUBERNETES_SERVICE.into(),
                 [127, 0, 0, 1].into(),
             ],
@@ -191,6 +276,21 @@ pub fn write_kubeconfig(
                 source,
             })
     };
+    let user = format!(
+        "    client-certificate-data: {}\n    client-key-data: {}\n",
+        read(&credential.certificate)?,
+        read(&credential.key)?
+    );
+    write_kubeconfig_of(path, endpoint, &user)
+}
+
+/// Writes a kubeconfig with a bearer token.
+pub fn write_token_kubeconfig(path: &Path, endpoint: &Endpoint, token: &str) -> Result<(), KubeconfigError> {
+    write_kubeconfig_of(path, endpoint, &format!("    token: {token}\n"))
+}
+
+/// `user`: the lines below the user's entry.
+fn write_kubeconfig_of(path: &Path, endpoint: &Endpoint, user: &str) -> Result<(), KubeconfigError> {
     let mut cluster = format!("    server: {}\n", endpoint.url);
     if let Some(authority) = &endpoint.authority {
         cluster += &format!(
@@ -210,17 +310,13 @@ clusters:
 {cluster}users:
 - name: spindrift
   user:
-    client-certificate-data: {certificate}
-    client-key-data: {key}
-contexts:
+{user}contexts:
 - name: spindrift
   context:
     cluster: spindrift
     user: spindrift
 current-context: spindrift
-",
-        certificate = read(&credential.certificate)?,
-        key = read(&credential.key)?,
+"
     );
     file::write(path, text, Mode::Private).map_err(|source| KubeconfigError::File {
         path: path.to_owned(),

@@ -140,6 +140,11 @@ impl Layout {
         self.state().join("kubeconfig")
     }
 
+    /// The same, of the pool's own cell where the instance has one.
+    pub fn cell_kubeconfig(&self) -> PathBuf {
+        self.state().join("cell.kubeconfig")
+    }
+
     /// Of one host of the pool.
     pub fn host_state(&self, host: &str) -> PathBuf {
         self.state().join(host)

@@ -17,10 +17,11 @@ use serde::{Deserialize, Serialize};
 use crate::{
     artifacts::{self, ArtifactError, Profile, Spindrift},
     cache::{self, Cache},
+    cell::{Cell, CellError},
     cluster::{self, Cluster, ClusterError},
     component::{Component, ComponentError, Ready},
     containerd::{self, ContainerdError, Runtime},
-    control_plane::{ControlPlane, ControlPlaneError, Endpoint, write_kubeconfig},
+    control_plane::{ControlPlane, ControlPlaneError, Endpoint, Owner, write_kubeconfig},
     file::{self, Mode},
     images::Images,
     instance::{InstanceName, Layout},
@@ -28,7 +29,7 @@ use crate::{
     node::{self, NodeError},
     pool::{self, PoolError, PoolPki},
     process::{self, Process},
-    progress::Progress,
+    progress::{Progress, Step},
     registry::{self, RegistryError},
     relay,
     tool::ToolError,
@@ -45,6 +46,9 @@ pub struct Options {
     pub build: Build,
     pub extent: Extent,
     pub cluster: ClusterSource,
+    /// The pool has a cluster of its own, its [`cell`](crate::cell): hosts are
+    /// Nodes there, and claims are Pods.
+    pub cell: bool,
     /// Image registries inside the lab. See [`registry`].
     pub registry: bool,
     /// Where built things are kept between runs.
@@ -61,6 +65,7 @@ impl Options {
             build: Build::Taken,
             extent: Extent::Whole,
             cluster: ClusterSource::Made,
+            cell: false,
             registry: false,
             cache,
         }
@@ -110,6 +115,9 @@ struct Record {
     cluster: ClusterSource,
     /// On the machine's loopback, for the user's kubectl.
     relay_port: u16,
+    /// The same for the cell; none without one.
+    #[serde(default)]
+    cell_port: Option<u16>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -142,6 +150,8 @@ pub enum LabError {
     Node(#[from] NodeError),
     #[error(transparent)]
     Cluster(#[from] ClusterError),
+    #[error(transparent)]
+    Cell(#[from] CellError),
     #[error("cannot remove a namespace")]
     Namespace(#[source] ToolError),
 }
@@ -158,6 +168,7 @@ pub struct Lab {
     layout: Layout,
     topology: Topology,
     cluster: Cluster,
+    cell: Option<Cell>,
     runtimes: Vec<Runtime>,
     images: Images,
 }
@@ -206,6 +217,10 @@ impl Lab {
                     .await?;
             }
         }
+        let cell = match record.cell_port {
+            Some(port) => Some(site.make_cell(&devcluster, port).await?),
+            None => None,
+        };
         let hosts = site.start_hosts(&runtimes, &images, options.extent);
         let ((cluster, endpoint, address), ()) = match &record.cluster {
             ClusterSource::Made => tokio::try_join!(site.make_cluster(&devcluster), hosts)?,
@@ -221,6 +236,7 @@ impl Lab {
             layout,
             topology,
             cluster,
+            cell,
             runtimes,
             images,
         })
@@ -236,6 +252,11 @@ impl Lab {
 
     pub fn cluster(&self) -> &Cluster {
         &self.cluster
+    }
+
+    /// None where the hosts are written into the virtual node's configuration.
+    pub fn cell(&self) -> Option<&Cell> {
+        self.cell.as_ref()
     }
 
     pub fn client(&self) -> kube::Client {
@@ -275,8 +296,12 @@ impl Record {
         let boot = process::boot_id().unwrap_or_default();
         if let Some(record) = Self::read(layout) {
             if record.boot == boot {
-                let same = (record.hosts, record.profile, &record.cluster)
-                    == (options.hosts, options.profile, &options.cluster);
+                let same = (
+                    record.hosts,
+                    record.profile,
+                    &record.cluster,
+                    record.cell_port.is_some(),
+                ) == (options.hosts, options.profile, &options.cluster, options.cell);
                 return if same {
                     Ok(record)
                 } else {
@@ -287,13 +312,14 @@ impl Record {
         }
         // Without a record whatever is there is a half-made or half-removed one.
         remove(layout).await?;
-        let relay_port = relay::free_port().map_err(at(layout.state()))?;
+        let port = || relay::free_port().map_err(at(layout.state()));
         let record = Self {
             boot,
             hosts: options.hosts,
             profile: options.profile,
             cluster: options.cluster.clone(),
-            relay_port,
+            relay_port: port()?,
+            cell_port: options.cell.then(port).transpose()?,
         };
         for directory in [layout.state(), layout.data()] {
             std::fs::create_dir_all(&directory).map_err(at(directory))?;
@@ -323,19 +349,50 @@ type Reached = (Cluster, Endpoint, Ipv4Addr);
 
 impl Site<'_> {
     async fn make_cluster(&self, devcluster: &Path) -> Result<Reached, LabError> {
-        let layout = self.layout;
         let step = self.progress.step("Start the Kubernetes control plane");
-        let plane = ControlPlane::new(layout, &self.topology.lab, devcluster)?;
+        let kubeconfig = self.layout.kubeconfig();
+        let port = self.record.relay_port;
+        let (cluster, inside) = self
+            .start_control_plane(Owner::Tenant, devcluster, port, &kubeconfig, &step)
+            .await?;
+        self.link_kubectl(devcluster)?;
+        step.done();
+        Ok((cluster, inside, VIRTUAL_NODE))
+    }
+
+    async fn make_cell(&self, devcluster: &Path, port: u16) -> Result<Cell, LabError> {
+        let step = self.progress.step("Start the pool's cell");
+        let kubeconfig = self.layout.cell_kubeconfig();
+        let (cluster, inside) = self
+            .start_control_plane(Owner::Cell, devcluster, port, &kubeconfig, &step)
+            .await?;
+        step.note("what the pool needs in it");
+        let cell = Cell::furnish(self.layout, cluster, inside).await?;
+        step.done();
+        Ok(cell)
+    }
+
+    /// The kubeconfig is for the user, by way of a relay on `port`.
+    async fn start_control_plane(
+        &self,
+        owner: Owner,
+        devcluster: &Path,
+        port: u16,
+        kubeconfig: &Path,
+        step: &Step,
+    ) -> Result<(Cluster, Endpoint), LabError> {
+        let layout = self.layout;
+        let plane = ControlPlane::new(owner, layout, &self.topology.lab, devcluster)?;
         step.note("etcd");
         plane.etcd.start(layout, START).await?;
         step.note("API server");
         plane.api_server.start(layout, START).await?;
-        let listen = SocketAddr::from(([127, 0, 0, 1], self.record.relay_port));
+        let listen = SocketAddr::from(([127, 0, 0, 1], port));
         let relay = self
-            .relay("relay")?
+            .relay(&owner.component("relay"))?
             .flag("listen", listen)
             .flag("dial-in", self.topology.lab.name())
-            .flag("target", format_args!("{API_SERVER}:{API_SERVER_PORT}"))
+            .flag("target", format_args!("{}:{API_SERVER_PORT}", owner.address()))
             .ready_when(Ready::Accepts(listen));
         relay.start(layout, START).await?;
         let inside = plane.endpoint()?;
@@ -343,17 +400,15 @@ impl Site<'_> {
             url: format!("https://{listen}"),
             ..inside.clone()
         };
-        write_kubeconfig(&layout.kubeconfig(), &outside, &plane.admin).map_err(ControlPlaneError::from)?;
-        self.link_kubectl(devcluster)?;
-        let cluster = Cluster::connect(&layout.kubeconfig()).await?;
+        write_kubeconfig(kubeconfig, &outside, &plane.admin).map_err(ControlPlaneError::from)?;
+        let cluster = Cluster::connect(kubeconfig).await?;
         cluster.wait_ready(START).await?;
         step.note("controllers");
         for controller in &plane.controllers {
             controller.start(layout, START).await?;
         }
         cluster.wait_service_account("default", START).await?;
-        step.done();
-        Ok((cluster, inside, VIRTUAL_NODE))
+        Ok((cluster, inside))
     }
 
     /// Lets the lab in on a cluster that the user has. The API server is dialled

@@ -11,6 +11,7 @@
 
 pub mod artifacts;
 pub mod cache;
+pub mod cell;
 pub mod cluster;
 pub mod component;
 pub mod containerd;

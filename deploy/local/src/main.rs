@@ -129,6 +129,9 @@ struct Up {
     /// How many pool hosts
     #[arg(long, default_value_t = 2)]
     hosts: usize,
+    /// Give the pool a cluster of its own, its cell, which places the pods' claims
+    #[arg(long)]
+    cell: bool,
     /// How much of it is started
     #[arg(long, default_value = "whole")]
     extent: Extent,
@@ -228,6 +231,7 @@ async fn make(up: Up) -> anyhow::Result<()> {
         build: if up.no_build { Build::Taken } else { Build::Made },
         extent: up.extent,
         cluster,
+        cell: up.cell,
         registry: up.registry,
         cache: up.environment.cache()?,
     };

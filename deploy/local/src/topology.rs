@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! machine's namespace    kubectl → 127.0.0.1:PORT   (a relay: listens here, dials inside `lab`)
-//! └─ lab                 bridge br0: API server .1, virtual-node .2
+//! └─ lab                 bridge br0: API server .1, virtual-node .2, the cell's API server .4
 //!    ├─ host-a   .11     eth0 on the bridge: containerd, pool-agent
 //!    └─ host-b   .12     the same; each routes the other's pods over the bridge
 //! ```
@@ -19,11 +19,15 @@ use crate::{instance::Layout, netns::Namespace, tool::ToolError};
 /// Of the API server, and what pods reach as `kubernetes.default.svc`.
 pub const API_SERVER: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
 pub const API_SERVER_PORT: u16 = 6443;
+/// Of the API server of the pool's own cell, where an instance has one.
+pub const CELL: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 4);
 /// Of the image registry, where an instance has one.
 pub const REGISTRY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 3);
 pub const VIRTUAL_NODE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 pub const POD_RANGE: &str = "10.77.0.0/16";
 pub const SERVICE_RANGE: &str = "10.96.0.0/16";
+/// Kubernetes wants one; nothing of the cell is reached by a Service.
+pub const CELL_SERVICE_RANGE: &str = "10.97.0.0/24";
 /// The API server's own Service: the first address of the range.
 pub const KUBERNETES_SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 1);
 pub const CLUSTER_DNS: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
@@ -93,7 +97,7 @@ impl Topology {
             self.lab.ip(&format!("link add {BRIDGE} type bridge")).await?;
         }
         self.lab.ip(&format!("link set {BRIDGE} up")).await?;
-        for address in [API_SERVER, VIRTUAL_NODE, REGISTRY] {
+        for address in [API_SERVER, VIRTUAL_NODE, REGISTRY, CELL] {
             self.lab
                 .ip(&format!("addr replace {address}/24 dev {BRIDGE}"))
                 .await?;
