@@ -11,7 +11,8 @@ use std::{
 };
 
 use ipnet::IpNet;
-use pool_agent_api::{HostName, Invalid, PodName, Resources, TenantId};
+use pool_agent_api::{HostName, Invalid, Namespace, PodName, Resources, TenantId};
+use pool_cell::OwnerUid;
 use serde::Deserialize;
 
 use crate::quantity;
@@ -47,7 +48,23 @@ pub struct Config {
     pub cluster: Cluster,
     pub mesh: Mesh,
     pub pool: Pool,
+    /// Where hosts are claimed; None: they are listed in `pool`.
+    pub cell: Option<Cell>,
     pub node: Node,
+}
+
+/// The pool's own cluster, in which this node claims room for its pods.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cell {
+    pub kubeconfig: PathBuf,
+    /// The tenant's there.
+    pub namespace: Namespace,
+    /// Of the claims: the tenant's tier.
+    pub priority_class: Option<String>,
+    /// Only hosts with these labels will do.
+    pub zone: Option<String>,
+    pub class: Option<String>,
+    pub arch: Option<String>,
 }
 
 /// The HTTPS API that the API server calls.
@@ -159,6 +176,7 @@ mod file {
         pub(super) cluster_pod_range: IpNet,
         pub(super) mesh: Mesh,
         pub(super) pool: Pool,
+        pub(super) cell: Option<Cell>,
         #[serde(default)]
         pub(super) node: Node,
     }
@@ -194,6 +212,16 @@ mod file {
         pub(super) ca: PathBuf,
         #[serde(default)]
         pub(super) hosts: Vec<PoolHost>,
+    }
+
+    #[derive(Deserialize)]
+    #[serde(deny_unknown_fields)]
+    pub(super) struct Cell {
+        pub(super) kubeconfig: PathBuf,
+        pub(super) priority_class: Option<String>,
+        pub(super) zone: Option<String>,
+        pub(super) class: Option<String>,
+        pub(super) arch: Option<String>,
     }
 
     #[derive(Deserialize)]
@@ -270,10 +298,33 @@ impl Config {
                 ));
             }
         };
+        let tenant = TenantId::parse("tenant", file.tenant)?;
+        let cell = file.cell.map(|cell| claimed(cell, &tenant)).transpose()?;
+        match (&cell, file.pool.hosts.is_empty()) {
+            (None, true) => {
+                return Err(Invalid::new(
+                    "pool.hosts",
+                    "must hold at least one host, unless hosts are claimed in a [cell]",
+                ));
+            }
+            (Some(_), false) => {
+                return Err(Invalid::new(
+                    "pool.hosts",
+                    "must be empty where hosts are claimed in a [cell]",
+                ));
+            }
+            (None, false) | (Some(_), true) => {}
+        }
+        if cell.is_some() && file.node.quota.is_some() {
+            return Err(Invalid::new(
+                "node.quota",
+                "is the cell's to say: the ResourceQuota of the tenant's namespace",
+            ));
+        }
         let pod_range = network("cluster_pod_range", file.cluster_pod_range)?;
         Ok(Self {
             node_name: node_name.into(),
-            tenant: TenantId::parse("tenant", file.tenant)?,
+            tenant,
             kubeconfig: file.kubeconfig,
             address: file.address,
             kubelet: Kubelet {
@@ -305,6 +356,7 @@ impl Config {
                 },
                 hosts: hosts(file.pool.hosts)?,
             },
+            cell,
             node: Node {
                 labels: file.node.labels,
                 taints: file
@@ -334,9 +386,6 @@ fn network(field: &str, net: IpNet) -> Result<IpNet, Invalid> {
 }
 
 fn hosts(hosts: Vec<file::PoolHost>) -> Result<Vec<PoolHost>, Invalid> {
-    if hosts.is_empty() {
-        return Err(Invalid::new("pool.hosts", "must hold at least one host"));
-    }
     let mut names = BTreeSet::new();
     let mut parsed = Vec::<PoolHost>::with_capacity(hosts.len());
     for (i, host) in hosts.into_iter().enumerate() {
@@ -354,6 +403,22 @@ fn hosts(hosts: Vec<file::PoolHost>) -> Result<Vec<PoolHost>, Invalid> {
         });
     }
     Ok(parsed)
+}
+
+fn claimed(cell: file::Cell, tenant: &TenantId) -> Result<Cell, Invalid> {
+    let label = |field: &str, value: Option<String>| {
+        value
+            .map(|value| OwnerUid::parse(&format!("cell.{field}"), value).map(|v| v.as_str().to_owned()))
+            .transpose()
+    };
+    Ok(Cell {
+        kubeconfig: cell.kubeconfig,
+        namespace: pool_cell::names::namespace_of(tenant)?,
+        priority_class: label("priority_class", cell.priority_class)?,
+        zone: label("zone", cell.zone)?,
+        class: label("class", cell.class)?,
+        arch: label("arch", cell.arch)?,
+    })
 }
 
 fn quota(quota: file::Quota) -> Result<Resources, Invalid> {
@@ -419,6 +484,52 @@ quota = { cpu = "8", memory = "16Gi", ephemeral_storage = "20Gi", pods = 220 }
         assert_eq!(config.mesh.cluster_id, "Kubernetes");
         assert_eq!(config.pool.hosts.len(), 2);
         assert_eq!(config.node.quota.unwrap().cpu_millis, 8000);
+    }
+
+    const CELL: &str = r#"
+[cell]
+kubeconfig = "cell.kubeconfig"
+priority_class = "spindrift-standard"
+zone = "z-1"
+"#;
+
+    /// The example without its hosts and its quota, with a cell.
+    fn with_cell() -> String {
+        let (before, hosts) = EXAMPLE.split_once("[[pool.hosts]]").unwrap();
+        let (_, node) = hosts.split_once("[node]").unwrap();
+        let node = node
+            .lines()
+            .filter(|line| !line.starts_with("quota"))
+            .collect::<Vec<_>>();
+        format!("{before}{CELL}[node]{}", node.join("\n"))
+    }
+
+    #[test]
+    fn hosts_are_listed_or_claimed_in_a_cell_and_never_both() {
+        let config = parse(&with_cell()).unwrap();
+        let cell = config.cell.unwrap();
+        assert_eq!(cell.namespace.as_str(), "tenant-demo");
+        assert_eq!(cell.zone.as_deref(), Some("z-1"));
+        assert!(config.pool.hosts.is_empty());
+        for (text, said) in [
+            (format!("{EXAMPLE}{CELL}"), "pool.hosts: must be empty"),
+            (
+                with_cell().replace(CELL, ""),
+                "pool.hosts: must hold at least one host",
+            ),
+            (
+                format!(
+                    "{}\nquota = {{ cpu = \"8\", memory = \"1Gi\", ephemeral_storage = \"1Gi\", pods = 9 }}",
+                    with_cell()
+                ),
+                "node.quota: is the cell's to say",
+            ),
+            (with_cell().replace("z-1", "z 1"), "cell.zone:"),
+            (with_cell().replace("zone", "zones"), "unknown field `zones`"),
+        ] {
+            let refused = parse(&text).unwrap_err();
+            assert!(refused.contains(said), "{refused} should say {said}");
+        }
     }
 
     #[test]

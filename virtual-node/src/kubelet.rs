@@ -332,7 +332,7 @@ impl Context {
         let Some((place, status)) = &found.sandbox else {
             return Err(Refused::NotStarted { namespace, pod });
         };
-        let host = self.pool.host(&place.host).ok_or(Refused::NoHost)?.clone();
+        let host = self.pool.host(&place.host).ok_or(Refused::NoHost)?;
         Ok((host, status.key.clone(), found))
     }
 }

@@ -5,8 +5,11 @@
 //! What others wrote on the Node (labels, annotations, conditions, cordons)
 //! stays: every write is a patch of what is ours and differs.
 //!
-//! The Lease is renewed only while a host of the pool is in reach: a node
-//! without a pool is to be seen as dead, and its pods' endpoints with it.
+//! Over hosts that are listed, the Lease is renewed only while one of them is in
+//! reach: a node without a pool is to be seen as dead, and its pods' endpoints with
+//! it. Over a cell there may be no host at all, until a pod asks for one: the node is
+//! ready once the cell has said what the tenant may use, and stays so while the cell
+//! is away.
 
 mod lease;
 mod manifest;
@@ -21,9 +24,9 @@ use kube::{
     api::{Patch, PatchParams, PostParams},
     runtime::{WatchStreamExt, watcher},
 };
-use manifest::Shape;
 pub(crate) use manifest::allocatable;
-use pool_agent_api::{TenantId, status::Severity};
+use manifest::{Shape, Standing};
+use pool_agent_api::{Resources, TenantId, status::Severity};
 use tokio::{
     sync::watch,
     time::{Instant, MissedTickBehavior},
@@ -51,11 +54,43 @@ pub(crate) struct Identity {
     pub(crate) settings: config::Node,
 }
 
+/// What the Node offers.
+#[derive(Clone)]
+pub(crate) enum Offer {
+    /// What its hosts have, or the configured quota.
+    Hosts,
+    /// The quota in the cell; None until that has been read.
+    Quota(watch::Receiver<Option<Resources>>),
+}
+
+impl Offer {
+    pub(crate) fn quota(&mut self) -> Option<Resources> {
+        match self {
+            Self::Hosts => None,
+            Self::Quota(quota) => *quota.borrow_and_update(),
+        }
+    }
+
+    /// When the quota is another. Never for hosts.
+    pub(crate) async fn changed(&mut self) {
+        let told = match self {
+            Self::Hosts => false,
+            Self::Quota(quota) => quota.changed().await.is_ok(),
+        };
+        if !told {
+            std::future::pending().await
+        }
+    }
+}
+
 pub(crate) struct Registration {
     api: Api<Node>,
     client: Client,
     identity: Identity,
     hosts: watch::Receiver<HostTable>,
+    offer: Offer,
+    /// Whether the node lives, for its Lease.
+    alive: watch::Sender<bool>,
     recorder: Recorder,
     /// As last seen or written.
     node: Option<Node>,
@@ -71,6 +106,7 @@ impl Registration {
         client: Client,
         identity: Identity,
         hosts: watch::Receiver<HostTable>,
+        offer: Offer,
         recorder: Recorder,
     ) -> (Self, watch::Receiver<Option<Arc<Node>>>) {
         let (told, node) = watch::channel(None);
@@ -79,6 +115,8 @@ impl Registration {
             client,
             identity,
             hosts,
+            offer,
+            alive: watch::Sender::new(false),
             recorder,
             node: None,
             told,
@@ -95,7 +133,7 @@ impl Registration {
             self.client.clone(),
             self.identity.name.clone(),
             uids,
-            self.hosts.clone(),
+            self.alive.subscribe(),
             shutdown.clone(),
         );
         tokio::spawn(renewal);
@@ -106,6 +144,15 @@ impl Registration {
         compute.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut reachable = self.reachable();
         loop {
+            if let Offer::Quota(_) = self.offer {
+                let before = || self.node.as_ref().and_then(manifest::offered);
+                // While the cell is away: what an earlier process has told.
+                let known = self.identity.settings.quota.or_else(before);
+                self.identity.settings.quota = self.offer.quota().or(known);
+            }
+            let alive = self.standing().is_ready();
+            self.alive
+                .send_if_modified(|known| std::mem::replace(known, alive) != alive);
             let changed = tokio::select! {
                 () = shutdown.cancelled() => return,
                 seen = seen.next() => match seen {
@@ -127,6 +174,7 @@ impl Registration {
                     // What is free changes all the time and is not ours to tell.
                     before != reachable
                 }
+                () = self.offer.changed() => true,
                 _ = compute.tick() => true,
             };
             if !changed {
@@ -187,8 +235,22 @@ impl Registration {
         Ok(())
     }
 
+    fn standing(&self) -> Standing {
+        match &self.offer {
+            Offer::Hosts => Standing::of_hosts(&self.hosts.borrow()),
+            Offer::Quota(_) => Standing::of_quota(self.identity.settings.quota),
+        }
+    }
+
     fn shape(&self, node: &Node) -> Shape {
-        Shape::new(&self.identity, &self.hosts.borrow(), node, Timestamp::now())
+        let standing = self.standing();
+        Shape::new(
+            &self.identity,
+            &self.hosts.borrow(),
+            &standing,
+            node,
+            Timestamp::now(),
+        )
     }
 
     fn announce(&mut self, node: &Node, ready: bool) {

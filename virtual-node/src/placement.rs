@@ -1,11 +1,19 @@
 //! Where each pod runs, as the rest of the process reads it, and the placer
 //! that decides it.
 //!
-//! The table belongs to one task ([`Placer::start`]); pod drivers ask it for
-//! room and tell it what they hold, the mesh control plane reads the published
-//! [`Placements`]. The rules are in [`table`], pure. Nothing is stored: after a
-//! restart drivers tell again what is on their pods' records.
+//! Pod drivers ask the placer for room and tell it what they hold, the mesh control
+//! plane reads the published [`Placements`]. There are two placers behind one seam,
+//! each a task: [`listed`], over hosts that the configuration lists, with its rules
+//! in the pure [`table`]; and [`cell`], by claims in the pool's own cluster, with its
+//! rules in the pure [`claims`]. Neither stores anything: after a restart drivers
+//! tell again what is on their pods' records.
 
+mod board;
+mod cell;
+mod claims;
+mod image;
+mod listed;
+mod quota;
 mod table;
 
 use std::{
@@ -14,11 +22,12 @@ use std::{
     time::Duration,
 };
 
-use pool_agent_api::{Attempt, HostName, Namespace, PodName, PodUid, ServiceAccountName};
-use table::{Answer, Table};
-pub(crate) use table::{Ask, Shortage};
+use board::Board;
+pub(crate) use cell::Cell;
+
+use pool_agent_api::{Attempt, HostName, Invalid, Namespace, PodName, PodUid, Resources, ServiceAccountName};
+pub(crate) use table::Shortage;
 use tokio::sync::{mpsc, oneshot, watch};
-use tracing::{debug, info};
 
 use crate::pool::HostTable;
 
@@ -47,11 +56,76 @@ pub struct Placements {
     pub complete: bool,
 }
 
+/// What a pod asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Ask {
+    pub(crate) claim: Resources,
+    /// What of it is the pod's own, without the overhead of its runtime.
+    pub(crate) requests: Resources,
+    /// The runtime's handler; None: the hosts' usual one.
+    pub(crate) runtime: Option<String>,
+    /// UID of the controller: its pods are spread over hosts.
+    pub(crate) owner: Option<String>,
+    pub(crate) namespace: Namespace,
+    pub(crate) name: PodName,
+    /// Distinct, in the order of the containers.
+    pub(crate) images: Vec<String>,
+    /// The pod's own, from being told to stop to its end.
+    pub(crate) grace: Duration,
+}
+
+/// What a claim came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Claimed {
+    Room(HostName),
+    /// No host could ever take it.
+    Never(Shortage),
+    /// It cannot be claimed at all: what is wrong with it.
+    Unfit(Invalid),
+    /// The room is not to be had under this attempt any more: ask with the next.
+    Lost,
+}
+
+/// What a claim waits for, in words for the tenant.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Waiting {
+    /// CamelCase: an event's and a condition's.
+    pub(crate) reason: &'static str,
+    pub(crate) message: String,
+}
+
+impl Waiting {
+    fn for_room() -> Self {
+        Self {
+            reason: "WaitingForRoom",
+            message: "No host of the pool has room for the pod now; it starts when one has".into(),
+        }
+    }
+
+    fn for_host(message: impl Into<String>) -> Self {
+        Self {
+            reason: "WaitingForHost",
+            message: message.into(),
+        }
+    }
+
+    fn for_quota(message: impl Into<String>) -> Self {
+        Self {
+            reason: "QuotaExceeded",
+            message: message.into(),
+        }
+    }
+
+    fn refused(message: impl Into<String>) -> Self {
+        Self {
+            reason: "ClaimRefused",
+            message: message.into(),
+        }
+    }
+}
+
 /// Requests on their way to the placer: a few for each pod that starts at once.
 const REQUESTS: usize = 256;
-
-/// How soon a host that refused a pod is tried again.
-const RETRY: Duration = Duration::from_secs(2);
 
 /// Asks the placer. Cheap to clone.
 #[derive(Clone)]
@@ -66,14 +140,22 @@ enum Request {
     },
     Claim {
         pod: PodUid,
-        ask: Ask,
-        answer: oneshot::Sender<Result<HostName, Shortage>>,
+        attempt: Attempt,
+        ask: Box<Ask>,
+        answer: oneshot::Sender<Claimed>,
+        waiting: watch::Sender<Option<Waiting>>,
     },
     Hold {
         pod: PodUid,
-        ask: Ask,
+        ask: Box<Ask>,
         placement: Placement,
         published: oneshot::Sender<()>,
+    },
+    /// Nothing runs any more; what is left is there.
+    Leave {
+        pod: PodUid,
+        host: HostName,
+        attempt: Attempt,
     },
     Release {
         pod: PodUid,
@@ -90,19 +172,23 @@ enum Request {
 pub(crate) struct Stopped;
 
 impl Placer {
-    /// Starts the task that owns the table. It ends when all clones are dropped.
+    /// Starts the placer over the hosts that there are. It ends when all clones are
+    /// dropped.
     pub(crate) fn start(hosts: watch::Receiver<HostTable>) -> (Self, watch::Receiver<Arc<Placements>>) {
         let (requests, receiver) = mpsc::channel(REQUESTS);
-        let (published, placements) = watch::channel(Arc::default());
-        let task = Task {
-            table: Table::default(),
-            waiting: BTreeMap::new(),
-            told: BTreeSet::new(),
-            expected: None,
-            placements: Arc::default(),
-            published,
-        };
-        tokio::spawn(task.run(receiver, hosts));
+        let (board, placements) = Board::new();
+        tokio::spawn(listed::Task::new(board).run(receiver, hosts));
+        (Self { requests }, placements)
+    }
+
+    /// Starts the placer by claims in a cell. It ends when all clones are dropped.
+    pub(crate) fn claim_in(
+        cell: Cell,
+        hosts: watch::Receiver<HostTable>,
+    ) -> (Self, watch::Receiver<Arc<Placements>>) {
+        let (requests, receiver) = mpsc::channel(REQUESTS);
+        let (board, placements) = Board::new();
+        tokio::spawn(cell::Task::new(cell, board).run(receiver, hosts));
         (Self { requests }, placements)
     }
 
@@ -113,11 +199,23 @@ impl Placer {
         let _gone = self.requests.send(Request::Expect { pods }).await.is_err();
     }
 
-    /// Room on a host, as soon as there is some. A claim that is dropped
-    /// unanswered has to be released.
-    pub(crate) async fn claim(&self, pod: PodUid, ask: Ask) -> Result<Result<HostName, Shortage>, Stopped> {
+    /// Room on a host, as soon as there is some; until then `waiting` says why. A
+    /// claim that is dropped unanswered has to be released.
+    pub(crate) async fn claim(
+        &self,
+        pod: PodUid,
+        attempt: Attempt,
+        ask: Ask,
+        waiting: watch::Sender<Option<Waiting>>,
+    ) -> Result<Claimed, Stopped> {
         let (answer, answered) = oneshot::channel();
-        let request = Request::Claim { pod, ask, answer };
+        let request = Request::Claim {
+            pod,
+            attempt,
+            ask: Box::new(ask),
+            answer,
+            waiting,
+        };
         self.requests.send(request).await.map_err(|_| Stopped)?;
         answered.await.map_err(|_| Stopped)
     }
@@ -127,7 +225,7 @@ impl Placer {
         let (published, done) = oneshot::channel();
         let request = Request::Hold {
             pod,
-            ask,
+            ask: Box::new(ask),
             placement,
             published,
         };
@@ -142,136 +240,15 @@ impl Placer {
         let _gone = self.requests.send(Request::Refused { pod, host }).await.is_err();
     }
 
-    /// The pod takes no room (any more).
+    /// The pod runs no more; its logs are there.
+    pub(crate) async fn leave(&self, pod: PodUid, host: HostName, attempt: Attempt) {
+        let request = Request::Leave { pod, host, attempt };
+        let _gone = self.requests.send(request).await.is_err();
+    }
+
+    /// Nothing of the pod is on any host (any more).
     pub(crate) async fn release(&self, pod: PodUid) {
         let _gone = self.requests.send(Request::Release { pod }).await.is_err();
-    }
-}
-
-struct Task {
-    table: Table,
-    waiting: BTreeMap<PodUid, oneshot::Sender<Result<HostName, Shortage>>>,
-    /// Pods whose drivers have told something. Empty once all is complete.
-    told: BTreeSet<PodUid>,
-    /// None until it is known which pods were there at the start.
-    expected: Option<BTreeSet<PodUid>>,
-    placements: Arc<Placements>,
-    published: watch::Sender<Arc<Placements>>,
-}
-
-impl Task {
-    async fn run(mut self, mut requests: mpsc::Receiver<Request>, mut hosts: watch::Receiver<HostTable>) {
-        self.table.set_hosts(&hosts.borrow_and_update());
-        let mut retry = tokio::time::interval(RETRY);
-        retry.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        loop {
-            tokio::select! {
-                _ = retry.tick(), if !self.waiting.is_empty() => {
-                    let answers = self.table.retry();
-                    self.answer(answers);
-                }
-                request = requests.recv() => match request {
-                    Some(request) => self.take(request),
-                    None => return,
-                },
-                changed = hosts.changed() => {
-                    if changed.is_err() {
-                        return;
-                    }
-                    let answers = self.table.set_hosts(&hosts.borrow_and_update());
-                    self.answer(answers);
-                }
-            }
-        }
-    }
-
-    fn take(&mut self, request: Request) {
-        match request {
-            Request::Expect { pods } => {
-                self.expected = Some(pods);
-                self.complete();
-            }
-            Request::Claim { pod, ask, answer } => {
-                self.publish(&pod, None);
-                self.waiting.insert(pod.clone(), answer);
-                let answers = self.table.claim(pod.clone(), ask);
-                self.answer(answers);
-                self.tells(pod);
-            }
-            Request::Hold {
-                pod,
-                ask,
-                placement,
-                published,
-            } => {
-                self.waiting.remove(&pod);
-                let answers = self.table.hold(pod.clone(), ask, placement.host.clone());
-                self.publish(&pod, Some(placement));
-                // The driver may have ended meanwhile.
-                let _gone = published.send(()).is_err();
-                self.answer(answers);
-                self.tells(pod);
-            }
-            Request::Refused { pod, host } => {
-                self.publish(&pod, None);
-                let answers = self.table.refused(&pod, host);
-                self.answer(answers);
-            }
-            Request::Release { pod } => {
-                self.waiting.remove(&pod);
-                self.publish(&pod, None);
-                let answers = self.table.release(&pod);
-                self.answer(answers);
-                self.tells(pod);
-            }
-        }
-    }
-
-    fn answer(&mut self, answers: Vec<(PodUid, Answer)>) {
-        for (pod, answer) in answers {
-            let Some(waiting) = self.waiting.remove(&pod) else {
-                continue;
-            };
-            let answered = match answer {
-                Answer::Room(host) => {
-                    debug!(pod.uid = %pod, host = %host, "room claimed");
-                    waiting.send(Ok(host))
-                }
-                Answer::Never(shortage) => waiting.send(Err(shortage)),
-            };
-            // The driver changed its mind; it releases what it may hold.
-            drop(answered);
-        }
-    }
-
-    fn tells(&mut self, pod: PodUid) {
-        if !self.placements.complete {
-            self.told.insert(pod);
-            self.complete();
-        }
-    }
-
-    fn complete(&mut self) {
-        let Some(expected) = &self.expected else { return };
-        if self.placements.complete || !expected.is_subset(&self.told) {
-            return;
-        }
-        info!(pods = expected.len(), "the placements of all pods are known");
-        self.told.clear();
-        Arc::make_mut(&mut self.placements).complete = true;
-        self.published.send_replace(self.placements.clone());
-    }
-
-    fn publish(&mut self, pod: &PodUid, placement: Option<Placement>) {
-        if self.placements.pods.get(pod) == placement.as_ref() {
-            return;
-        }
-        let placements = Arc::make_mut(&mut self.placements);
-        match placement {
-            Some(placement) => placements.pods.insert(pod.clone(), placement),
-            None => placements.pods.remove(pod),
-        };
-        self.published.send_replace(self.placements.clone());
     }
 }
 

@@ -65,8 +65,9 @@ pub(crate) struct Inputs {
 /// What is known of the hosts' reports as a whole.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Heard {
-    /// How often each host has reported all it has.
+    /// When each host has last reported all it has, in turns of all hosts together.
     pub(crate) syncs: BTreeMap<HostName, u64>,
+    turns: u64,
     /// Hosts that are silent, and since when.
     pub(crate) silent: BTreeMap<HostName, Instant>,
 }
@@ -82,11 +83,6 @@ impl Heard {
 
     fn is_silent_for(&self, host: &HostName, time: Duration) -> bool {
         self.silent.get(host).is_some_and(|since| since.elapsed() > time)
-    }
-
-    /// Whether the pool has such a host.
-    fn knows(&self, host: &HostName) -> bool {
-        self.syncs.contains_key(host) || self.silent.contains_key(host)
     }
 }
 
@@ -188,7 +184,13 @@ impl Supervisor {
         let now = Instant::now();
         let heard = Heard {
             syncs: BTreeMap::new(),
-            silent: tools.pool.hosts().map(|h| (h.name().clone(), now)).collect(),
+            turns: 0,
+            silent: tools
+                .pool
+                .hosts()
+                .iter()
+                .map(|h| (h.name().clone(), now))
+                .collect(),
         };
         Self {
             tools,
@@ -331,7 +333,15 @@ impl Supervisor {
             News::Synced => {
                 self.heard.send_modify(|heard| {
                     heard.silent.remove(&host);
-                    *heard.syncs.entry(host).or_default() += 1;
+                    heard.turns += 1;
+                    let turn = heard.turns;
+                    heard.syncs.insert(host, turn);
+                });
+            }
+            News::Gone => {
+                self.heard.send_modify(|heard| {
+                    heard.silent.remove(&host);
+                    heard.syncs.remove(&host);
                 });
             }
             News::Lost => {

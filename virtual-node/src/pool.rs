@@ -6,16 +6,20 @@
 //! [`HostTable`], read by the placer and by the Node's status. Pod drivers call
 //! hosts through [`Pool::host`].
 //!
+//! Which hosts there are is told by a [`Named`]: what the configuration lists, or what
+//! the claims in the cell name, which comes and goes.
+//!
 //! What always holds: a peer is the host whose name its certificate bears, or
 //! there is no connection; a sandbox that a host does not list in a snapshot is
 //! reported as [`News::Missing`] before that snapshot's `Synced`.
 
 mod channel;
 mod link;
+mod links;
 
 pub(crate) use channel::channel;
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use pool_agent_api::{
     Host, HostName, Invalid, Refusal, SandboxKey, SandboxSpec, SandboxStatus, TenantId, spec::Volume,
@@ -51,9 +55,30 @@ pub(crate) enum News {
     Synced,
     /// Nothing more is heard of the host until the next snapshot.
     Lost,
+    /// The host is not of the pool any more.
+    Gone,
 }
 
-/// What is known of each configured host.
+/// Which hosts there are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Named {
+    /// Where each one's agent serves; None: it is not known yet.
+    pub(crate) hosts: BTreeMap<HostName, Option<SocketAddr>>,
+    /// Whoever is not named is none. Before that, absent is not gone.
+    pub(crate) complete: bool,
+}
+
+impl Named {
+    /// Those of a list, and no others.
+    pub(crate) fn listed(hosts: &[config::PoolHost]) -> Self {
+        Self {
+            hosts: hosts.iter().map(|h| (h.name.clone(), Some(h.address))).collect(),
+            complete: true,
+        }
+    }
+}
+
+/// What is known of each host of the pool.
 pub(crate) type HostTable = BTreeMap<HostName, HostView>;
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -117,7 +142,15 @@ impl CallError {
 /// All hosts. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Pool {
-    hosts: Arc<BTreeMap<HostName, HostClient>>,
+    hosts: watch::Receiver<Arc<Hosts>>,
+}
+
+/// The hosts that can be called.
+#[derive(Debug, Clone, Default)]
+struct Hosts {
+    /// None: it is a host of the pool, and where it serves is not known yet.
+    clients: BTreeMap<HostName, Option<HostClient>>,
+    complete: bool,
 }
 
 /// Who the pool's sessions speak for.
@@ -130,45 +163,65 @@ pub(crate) struct Membership {
 }
 
 impl Pool {
-    /// Starts a link to each host, over the channel that `connect` makes to it. They
-    /// end when the receiver of the events is dropped.
-    pub(crate) fn start(
-        hosts: &[config::PoolHost],
-        connect: impl Fn(&config::PoolHost) -> Channel,
-        membership: &Membership,
-    ) -> (Self, mpsc::Receiver<PoolEvent>, watch::Receiver<HostTable>) {
+    /// Starts a link to each host that is named, over the channel that `connect` makes
+    /// to it, and ends it a while after the host is named no more. All end when the
+    /// receiver of the events is dropped.
+    pub(crate) fn start<C>(
+        mut named: watch::Receiver<Named>,
+        connect: C,
+        membership: Membership,
+    ) -> (Self, mpsc::Receiver<PoolEvent>, watch::Receiver<HostTable>)
+    where
+        C: Fn(&HostName, SocketAddr) -> Channel + Send + 'static,
+    {
         let (events, receiver) = mpsc::channel(EVENTS);
-        let table: HostTable = hosts
-            .iter()
-            .map(|h| (h.name.clone(), HostView::default()))
-            .collect();
-        let (table, table_receiver) = watch::channel(table);
-        let table = Arc::new(table);
-        let mut clients = BTreeMap::new();
-        for host in hosts {
-            let client = HostClient::new(host.name.clone(), connect(host));
-            let link = link::Link::new(client.clone(), membership, events.clone(), table.clone());
-            tokio::spawn(link.run());
-            clients.insert(host.name.clone(), client);
-        }
+        let (table, table_receiver) = watch::channel(HostTable::default());
+        let (hosts, hosts_receiver) = watch::channel(Arc::default());
+        let mut links = links::Links::new(connect, membership, events, table, hosts);
+        // What is listed can be called as soon as this returns.
+        links.follow(&named.borrow_and_update());
+        tokio::spawn(links.run(named));
         let pool = Self {
-            hosts: Arc::new(clients),
+            hosts: hosts_receiver,
         };
         (pool, receiver, table_receiver)
     }
 
-    /// None if the pool has no such host (any more).
-    pub(crate) fn host(&self, name: &HostName) -> Option<&HostClient> {
-        self.hosts.get(name)
+    /// None if the pool has no such host (any more), or none that can be called yet.
+    pub(crate) fn host(&self, name: &HostName) -> Option<HostClient> {
+        self.hosts.borrow().clients.get(name).cloned().flatten()
     }
 
-    pub(crate) fn hosts(&self) -> impl Iterator<Item = &HostClient> {
-        self.hosts.values()
+    /// Waits until it is certain. None: the pool has no such host (any more).
+    pub(crate) async fn find(&self, name: &HostName) -> Option<HostClient> {
+        let mut hosts = self.hosts.clone();
+        let found = hosts
+            .wait_for(|hosts| match hosts.clients.get(name) {
+                Some(client) => client.is_some(),
+                None => hosts.complete,
+            })
+            .await
+            .map(|hosts| hosts.clients.get(name).cloned().flatten());
+        match found {
+            Ok(found) => found,
+            // The process is stopping: nothing is certain any more.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// False once it is certain that the pool has no such host (any more).
+    pub(crate) fn may_have(&self, name: &HostName) -> bool {
+        let hosts = self.hosts.borrow();
+        !hosts.complete || hosts.clients.contains_key(name)
+    }
+
+    pub(crate) fn hosts(&self) -> Vec<HostClient> {
+        self.hosts.borrow().clients.values().flatten().cloned().collect()
     }
 }
 
 /// One host's agent. Cheap to clone; connects, and connects again, by itself.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub(crate) struct HostClient {
     name: HostName,
     client: wire::pool_agent_client::PoolAgentClient<Channel>,

@@ -3,27 +3,28 @@
 //! Stopping stops nothing that runs: pods are the hosts', the Node stays, and
 //! the next process reads it all again.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use kube::{
     Client, Config as ClientConfig,
     config::{KubeConfigOptions, Kubeconfig},
 };
+use pool_agent_api::HostName;
 use prometheus_client::registry::Registry;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::{
-    config::{self, Config},
+    config::Config,
     event::Recorder,
     kubelet::Kubelet,
     mesh, metrics,
-    node::{self, Registration},
-    placement::Placer,
+    node::{self, Offer, Registration},
+    placement::{Cell, Placer},
     pod::{self, Directory, Supervisor, driver::Tools, translate::NodeFacts},
-    pool::{self, Membership, Pool},
+    pool::{self, Membership, Named, Pool},
     pool_tls::{self, PoolTls},
 };
 
@@ -54,9 +55,33 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let control = mesh::Control::open(mesh_config(&config), &mut registry)
         .await
         .context("cannot start the mesh control plane")?;
-    let connect = |host: &config::PoolHost| pool::channel(host, pool_tls.clone());
-    let (pool, reports, hosts) = Pool::start(&config.pool.hosts, connect, &membership);
-    let (placer, placements) = Placer::start(hosts.clone());
+    let connect = {
+        let pool_tls = pool_tls.clone();
+        move |host: &HostName, address| pool::channel(host, address, pool_tls.clone())
+    };
+    let (named, names) = watch::channel(Named::listed(&config.pool.hosts));
+    let (pool, reports, hosts) = Pool::start(names, connect, membership);
+    let (placer, placements, offer) = match &config.cell {
+        None => {
+            let (placer, placements) = Placer::start(hosts.clone());
+            (placer, placements, Offer::Hosts)
+        }
+        Some(settings) => {
+            let (quota, offered) = watch::channel(None);
+            named.send_replace(Named::default());
+            let cell = Cell {
+                client: client_of(&settings.kubeconfig).await?,
+                tenants_client: client.clone(),
+                settings: settings.clone(),
+                tenant: config.tenant.clone(),
+                node_name: config.node_name.clone(),
+                named,
+                quota,
+            };
+            let (placer, placements) = Placer::claim_in(cell, hosts.clone());
+            (placer, placements, Offer::Quota(offered))
+        }
+    };
     let control = tokio::spawn(control.serve(client.clone(), pool_tls, placements, shutdown.clone()));
     let recorder = Recorder::start(client.clone(), config.node_name.clone());
 
@@ -67,8 +92,13 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         kubelet_port: config.kubelet.listen.port(),
         settings: config.node.clone(),
     };
-    let (registration, node) =
-        Registration::new(client.clone(), identity.clone(), hosts.clone(), recorder.clone());
+    let (registration, node) = Registration::new(
+        client.clone(),
+        identity.clone(),
+        hosts.clone(),
+        offer.clone(),
+        recorder.clone(),
+    );
     let registration = tokio::spawn(registration.run(shutdown.clone()));
 
     let tools = Arc::new(Tools {
@@ -76,7 +106,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         pool: pool.clone(),
         placer,
         recorder,
-        facts: facts(&config, identity, hosts),
+        facts: facts(&config, identity, hosts, offer),
         node,
         metrics: pod_metrics,
     });
@@ -132,18 +162,24 @@ fn mesh_config(config: &Config) -> mesh::Config {
 }
 
 async fn client(config: &Config) -> anyhow::Result<Client> {
-    let mut settings = match &config.kubeconfig {
-        Some(path) => {
-            let file =
-                Kubeconfig::read_from(path).with_context(|| format!("cannot read {}", path.display()))?;
-            ClientConfig::from_custom_kubeconfig(file, &KubeConfigOptions::default())
-                .await
-                .with_context(|| format!("cannot use {}", path.display()))?
-        }
-        None => {
-            ClientConfig::incluster().context("no kubeconfig is given, and there is no cluster around")?
-        }
-    };
+    match &config.kubeconfig {
+        Some(path) => client_of(path).await,
+        None => client_with(
+            ClientConfig::incluster().context("no kubeconfig is given, and there is no cluster around")?,
+        ),
+    }
+}
+
+async fn client_of(kubeconfig: &Path) -> anyhow::Result<Client> {
+    let file =
+        Kubeconfig::read_from(kubeconfig).with_context(|| format!("cannot read {}", kubeconfig.display()))?;
+    let settings = ClientConfig::from_custom_kubeconfig(file, &KubeConfigOptions::default())
+        .await
+        .with_context(|| format!("cannot use {}", kubeconfig.display()))?;
+    client_with(settings)
+}
+
+fn client_with(mut settings: ClientConfig) -> anyhow::Result<Client> {
     settings.connect_timeout = Some(std::time::Duration::from_secs(10));
     Client::try_from(settings).context("cannot make a client of the API server")
 }
@@ -153,6 +189,7 @@ fn facts(
     config: &Config,
     identity: node::Identity,
     mut hosts: watch::Receiver<crate::pool::HostTable>,
+    mut offer: Offer,
 ) -> watch::Receiver<NodeFacts> {
     let facts = |identity: &node::Identity, hosts: &crate::pool::HostTable| NodeFacts {
         tenant: config.tenant.clone(),
@@ -162,10 +199,19 @@ fn facts(
         upstream_nameservers: config.cluster.upstream_nameservers.clone(),
         allocatable: node::allocatable(identity, hosts),
     };
+    let mut identity = identity;
+    identity.settings.quota = offer.quota().or(identity.settings.quota);
     let first = facts(&identity, &hosts.borrow_and_update());
     let (sender, receiver) = watch::channel(first);
     tokio::spawn(async move {
-        while hosts.changed().await.is_ok() {
+        loop {
+            tokio::select! {
+                changed = hosts.changed() => if changed.is_err() {
+                    return;
+                },
+                () = offer.changed() => {}
+            }
+            identity.settings.quota = offer.quota().or(identity.settings.quota);
             let allocatable = node::allocatable(&identity, &hosts.borrow_and_update());
             sender.send_if_modified(|facts| {
                 let before = std::mem::replace(&mut facts.allocatable, allocatable);

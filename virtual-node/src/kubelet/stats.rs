@@ -85,6 +85,7 @@ impl Usage {
             context
                 .pool
                 .hosts()
+                .into_iter()
                 .map(async |host| (host.name().clone(), host.stats().await)),
         );
         let mut usage = Self::default();

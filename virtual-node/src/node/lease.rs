@@ -13,20 +13,18 @@ use tokio::{sync::watch, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use crate::pool::HostTable;
-
 const NAMESPACE: &str = "kube-node-lease";
 const DURATION_SECONDS: i32 = 40;
 const RENEW: Duration = Duration::from_secs(10);
 /// After a renewal that failed.
 const RETRY: Duration = Duration::from_secs(2);
 
-/// Renews while a host is in reach, until `shutdown`. `uids` is the Node's UID.
+/// Renews while the node is `alive`, until `shutdown`. `uids` is the Node's UID.
 pub(super) async fn renew(
     client: Client,
     name: String,
     mut uids: watch::Receiver<Option<String>>,
-    mut hosts: watch::Receiver<HostTable>,
+    mut alive: watch::Receiver<bool>,
     shutdown: CancellationToken,
 ) {
     let api = Api::<Lease>::namespaced(client, NAMESPACE);
@@ -41,7 +39,7 @@ pub(super) async fn renew(
                 return;
             },
             // A node that has just got its first host does not wait for the next turn.
-            changed = hosts.changed(), if gated => if changed.is_err() {
+            changed = alive.changed(), if gated => if changed.is_err() {
                 return;
             },
             _ = ticks.tick() => {}
@@ -49,16 +47,16 @@ pub(super) async fn renew(
         let Some(uid) = uids.borrow_and_update().clone() else {
             continue;
         };
-        let alive = hosts.borrow().values().any(|h| h.reachable);
-        if gated == alive {
-            gated = !alive;
-            if alive {
-                info!("the lease is renewed again: a host of the pool is in reach");
+        let lives = *alive.borrow_and_update();
+        if gated == lives {
+            gated = !lives;
+            if lives {
+                info!("the lease is renewed again: the pool is in reach");
             } else {
-                warn!("the lease is not renewed: no host of the pool is in reach");
+                warn!("the lease is not renewed: the pool is out of reach");
             }
         }
-        if !alive {
+        if !lives {
             continue;
         }
         match renewed(&api, &name, &uid, held.take(), Timestamp::now()).await {

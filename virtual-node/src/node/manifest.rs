@@ -14,7 +14,7 @@ use pool_agent_api::Resources;
 use pool_cell::{
     host::KUBELET_VERSION,
     patch::{self, Finding},
-    quantity::quantities,
+    quantity::{self, quantities},
 };
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -45,6 +45,55 @@ fn capacity(identity: &Identity, hosts: &HostTable) -> Resources {
     })
 }
 
+/// What a Node says that pods may use; None of one that does not say.
+pub(super) fn offered(node: &Node) -> Option<Resources> {
+    let said = node.status.as_ref()?.allocatable.as_ref()?;
+    let of = |name: &str| said.get(name).map(|amount| amount.0.as_str());
+    let offered = Resources {
+        cpu_millis: quantity::millis(of("cpu")?).ok()?,
+        memory_bytes: quantity::whole(of("memory")?).ok()?,
+        ephemeral_storage_bytes: quantity::whole(of("ephemeral-storage")?).ok()?,
+        sandboxes: u32::try_from(quantity::whole(of("pods")?).ok()?).ok()?,
+    };
+    // One that was registered before it was known what it has.
+    Some(offered).filter(|offered| offered.sandboxes > 0)
+}
+
+/// Whether there is a pool behind the Node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Standing {
+    Hosts {
+        reachable: usize,
+        all: usize,
+    },
+    /// `known`: it has said once what the tenant may use.
+    Cell {
+        known: bool,
+    },
+}
+
+impl Standing {
+    pub(super) fn of_hosts(hosts: &HostTable) -> Self {
+        Self::Hosts {
+            reachable: hosts.values().filter(|h| h.reachable).count(),
+            all: hosts.len(),
+        }
+    }
+
+    pub(super) fn of_quota(quota: Option<Resources>) -> Self {
+        Self::Cell {
+            known: quota.is_some(),
+        }
+    }
+
+    pub(super) fn is_ready(&self) -> bool {
+        match self {
+            Self::Hosts { reachable, .. } => *reachable > 0,
+            Self::Cell { known } => *known,
+        }
+    }
+}
+
 /// The Node as it should be, given what it is.
 pub(super) struct Shape {
     name: String,
@@ -54,9 +103,14 @@ pub(super) struct Shape {
 }
 
 impl Shape {
-    pub(super) fn new(identity: &Identity, hosts: &HostTable, node: &Node, now: Timestamp) -> Self {
-        let reachable = hosts.values().filter(|h| h.reachable).count();
-        let ready = reachable > 0;
+    pub(super) fn new(
+        identity: &Identity,
+        hosts: &HostTable,
+        standing: &Standing,
+        node: &Node,
+        now: Timestamp,
+    ) -> Self {
+        let ready = standing.is_ready();
         let old = node.status.clone().unwrap_or_default();
         Self {
             name: identity.name.clone(),
@@ -75,8 +129,7 @@ impl Shape {
                 capacity: Some(quantities(capacity(identity, hosts))),
                 allocatable: Some(quantities(allocatable(identity, hosts))),
                 conditions: Some(conditions(
-                    reachable,
-                    hosts.len(),
+                    standing,
                     old.conditions.as_deref().unwrap_or_default(),
                     now,
                 )),
@@ -166,15 +219,24 @@ const NATIVE: &str = match std::env::consts::ARCH.as_bytes() {
     _ => "amd64",
 };
 
-fn conditions(reachable: usize, hosts: usize, old: &[NodeCondition], now: Timestamp) -> Vec<NodeCondition> {
-    let ready = if reachable > 0 {
-        (true, "PoolReady", "hosts of the pool are in reach".to_owned())
-    } else {
-        (
+fn conditions(standing: &Standing, old: &[NodeCondition], now: Timestamp) -> Vec<NodeCondition> {
+    let ready = match standing {
+        Standing::Hosts { reachable: 0, all } => (
             false,
             "PoolUnreachable",
-            format!("none of the {hosts} hosts of the pool is in reach"),
-        )
+            format!("none of the {all} hosts of the pool is in reach"),
+        ),
+        Standing::Hosts { .. } => (true, "PoolReady", "hosts of the pool are in reach".to_owned()),
+        Standing::Cell { known: true } => (
+            true,
+            "PoolReady",
+            "the pool finds a host for each pod, within the tenant's quota".to_owned(),
+        ),
+        Standing::Cell { known: false } => (
+            false,
+            "PoolUnreachable",
+            "the pool has not said yet what the tenant may use".to_owned(),
+        ),
     };
     let fine = |text: &str| (false, text.to_owned());
     let (memory, disk, pid, network) = (

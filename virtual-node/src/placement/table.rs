@@ -12,18 +12,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use pool_agent_api::{HostName, PodUid, Resources};
 
+use super::Ask;
 use crate::pool::HostTable;
 
 /// One of the amounts of a claim.
 type Amount = fn(&Resources) -> u64;
-
-/// What a pod asks for.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Ask {
-    pub(crate) claim: Resources,
-    /// UID of the controller: its pods are spread over hosts.
-    pub(crate) owner: Option<String>,
-}
 
 /// What no host of the pool has enough of, even when empty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

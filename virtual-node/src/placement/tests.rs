@@ -11,7 +11,13 @@ fn ask() -> Ask {
             sandboxes: 1,
             ..pool_agent_api::Resources::default()
         },
+        requests: Resources::default(),
+        runtime: None,
         owner: None,
+        namespace: "shop".parse().unwrap(),
+        name: "web".parse().unwrap(),
+        images: vec!["app:1".into()],
+        grace: Duration::from_secs(30),
     }
 }
 
@@ -54,7 +60,15 @@ async fn placements_are_complete_once_every_pod_that_was_there_has_told_its_own(
     assert!(!placements.borrow().complete);
     // One that is only about to be placed has told, too.
     let third = placer.clone();
-    tokio::spawn(async move { third.claim(uid("u-3"), ask()).await.is_ok() });
+    tokio::spawn(async move {
+        {
+            let (waiting, _) = watch::channel(None);
+            third
+                .claim(uid("u-3"), Attempt::FIRST, ask(), waiting)
+                .await
+                .is_ok()
+        }
+    });
     let complete = placements.wait_for(|p| p.complete).await.unwrap();
     assert_eq!(
         complete.pods.keys().map(PodUid::as_str).collect::<Vec<_>>(),

@@ -42,7 +42,7 @@ use self::{
     end::{forget, stop},
     object::Look,
     reports::Synced,
-    room::{Claimed, Told},
+    room::{Sought, Told},
     start::{Preparation, Start},
     telling::Telling,
     upkeep::Upkeep,
@@ -56,7 +56,7 @@ use super::{
 };
 use crate::{
     event::{Happening, Object, Recorder},
-    placement::Placer,
+    placement::{Placer, Waiting},
     pool::{CallError, Pool},
 };
 
@@ -74,7 +74,7 @@ pub(crate) struct Tools {
 
 /// How work ended.
 enum Done {
-    Claimed(Claimed),
+    Sought(Sought),
     Prepared(Box<Preparation>),
     Started(Result<Result<(), Refusal>, CallError>),
     /// The stop was taken, or the host does not know the sandbox.
@@ -111,6 +111,8 @@ pub(crate) struct Driver {
     evictions: FuturesUnordered<BoxFuture<'static, Place>>,
     evicting: BTreeSet<Place>,
     room: Told,
+    /// Why it waits for a host, once that is worth telling.
+    waiting: watch::Receiver<Option<Waiting>>,
     start: Start,
     telling: Telling,
     upkeep: Upkeep,
@@ -142,6 +144,7 @@ impl Driver {
             evictions: FuturesUnordered::new(),
             evicting: BTreeSet::new(),
             room: Told::Unsaid,
+            waiting: nothing_to_wait_for(),
             start: Start::new(),
             telling: Telling::new(),
             upkeep: Upkeep::new(),
@@ -163,6 +166,9 @@ impl Driver {
         self.take_inputs();
         loop {
             self.settle_room().await;
+            if self.is_without_host() {
+                continue;
+            }
             self.consider_status();
             if self.is_over() {
                 return;
@@ -190,6 +196,7 @@ impl Driver {
                     self.evicting.remove(&place);
                 }
                 written = self.telling.written() => self.take_written(written),
+                () = told(&mut self.waiting) => {}
                 looked = self.look.looked() => self.take_looked(looked),
                 refreshed = self.upkeep.refreshed() => self.take_refreshed(refreshed),
                 () = sleep_until(write_due) => self.begin_write(),
@@ -227,7 +234,7 @@ impl Driver {
 
     fn take_done(&mut self, done: Done) {
         match done {
-            Done::Claimed(claimed) => self.claimed(claimed),
+            Done::Sought(sought) => self.sought(sought),
             Done::Prepared(preparation) => self.prepared(*preparation),
             Done::Started(outcome) => self.started(outcome),
             Done::Stopped { known: true, .. } => {}
@@ -249,6 +256,9 @@ impl Driver {
             // Its answer would be about a stage that has passed.
             self.work = None;
             self.start.follow(self.lifecycle.stage());
+            if !matches!(self.lifecycle.stage(), Stage::Claiming { .. }) {
+                self.waiting = nothing_to_wait_for();
+            }
         }
         for effect in effects {
             self.perform(effect);
@@ -336,6 +346,18 @@ async fn optional<T>(slot: &mut Option<BoxFuture<'static, T>>) -> T {
     match slot {
         Some(future) => future.await,
         None => std::future::pending().await,
+    }
+}
+
+fn nothing_to_wait_for() -> watch::Receiver<Option<Waiting>> {
+    watch::channel(None).1
+}
+
+/// Once there is something new to tell.
+async fn told(waiting: &mut watch::Receiver<Option<Waiting>>) {
+    if waiting.changed().await.is_err() {
+        // Nobody waits (any more).
+        std::future::pending().await
     }
 }
 

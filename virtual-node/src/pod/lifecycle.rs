@@ -108,6 +108,8 @@ pub(crate) enum Room<'a> {
     Wanted(Attempt),
     /// It may run there.
     Held(&'a Place),
+    /// Nothing runs; its logs are there.
+    Left(&'a Place),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -117,6 +119,8 @@ pub(crate) enum Event {
     OnRecord(Option<Place>),
     /// The placer holds room on a host.
     Claimed(HostName),
+    /// There is no room to be had under that attempt any more. No host has heard of it.
+    Lost(Attempt),
     /// The place is on record and everything the pod refers to is in hand.
     Prepared,
     /// The start was answered, or not.
@@ -128,6 +132,11 @@ pub(crate) enum Event {
     Seen {
         place: Place,
         state: SandboxState,
+    },
+    /// It has to leave its host; it may run on another.
+    Noticed {
+        place: Place,
+        grace: Duration,
     },
     /// A host that has told what it has does not have it, or is not of the pool.
     Missing(Place),
@@ -210,11 +219,10 @@ impl Lifecycle {
             | Stage::Placed { place }
             | Stage::Stopping { place, .. }
             | Stage::Forgetting { place } => Room::Held(place),
-            Stage::Unread
-            | Stage::Vacant { .. }
-            | Stage::Stopped { .. }
-            | Stage::Removing { .. }
-            | Stage::Over => Room::Nothing,
+            Stage::Stopped { place } | Stage::Removing { place: Some(place) } => Room::Left(place),
+            Stage::Unread | Stage::Vacant { .. } | Stage::Removing { place: None } | Stage::Over => {
+                Room::Nothing
+            }
         }
     }
 
@@ -228,6 +236,12 @@ impl Lifecycle {
                     let place = Place { host, attempt: next };
                     let prepare = Effect::Prepare(place.clone());
                     self.to(Stage::Preparing { place }, [prepare])
+                }
+                _ => self.stay(),
+            },
+            Event::Lost(attempt) => match (&self.stage, attempt.next()) {
+                (Stage::Claiming { next }, Some(later)) if *next == attempt => {
+                    self.to(Stage::Claiming { next: later }, [])
                 }
                 _ => self.stay(),
             },
@@ -263,6 +277,17 @@ impl Lifecycle {
                 _ => self.stay(),
             },
             Event::Seen { place, state } => self.seen(place, state),
+            Event::Noticed { place: at, grace } => match (self.intent, self.stage.clone()) {
+                // At most once: it ends here before it begins elsewhere.
+                (Intent::Run, Stage::Placed { place }) if place == at => {
+                    let stop = Effect::Stop {
+                        place: place.clone(),
+                        grace,
+                    };
+                    self.to(Stage::Stopping { place, grace }, [stop])
+                }
+                _ => self.stay(),
+            },
             Event::Missing(gone) => self.missing(&gone),
             Event::StopUnknown(at) => match self.stage.clone() {
                 // The host has never had it, or has lost it: fence it.

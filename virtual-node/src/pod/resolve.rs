@@ -187,7 +187,7 @@ fn refresh_at(issued: Timestamp, expires: Timestamp) -> Timestamp {
     issued.saturating_add(use_for).unwrap_or(issued)
 }
 
-async fn runtime_handler(
+pub(crate) async fn runtime_handler(
     client: &Client,
     name: Option<&str>,
     extent: Extent,

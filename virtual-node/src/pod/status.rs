@@ -31,6 +31,7 @@ use pool_agent_api::{
 };
 
 use super::record::{self, Record};
+use crate::placement::Waiting;
 
 /// The end of a pod that was decided here, not by its containers.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,6 +58,8 @@ pub(crate) struct Observed<'a> {
     pub(crate) sandbox: Option<&'a SandboxStatus>,
     pub(crate) verdict: Option<&'a Verdict>,
     pub(crate) holdup: Option<&'a Holdup>,
+    /// Why it has no host yet, if that is worth telling.
+    pub(crate) waiting: Option<Waiting>,
     /// The host of the sandbox has not been heard for a while.
     pub(crate) host_lost: bool,
     /// Nothing of it runs, and nothing will: the phase has to be final.
@@ -347,7 +350,13 @@ fn conditions(
     // A newer attempt on record is another process's, and is never written over.
     let newest = Record::of(observed.pod).map(|r| r.place.attempt);
     let record = observed.record.filter(|r| Some(r.place.attempt) >= newest);
-    for condition in ours.into_iter().chain(record.map(placed)) {
+    let found = host_found(observed, before);
+    for condition in ours
+        .into_iter()
+        .chain(record.map(placed))
+        .chain(found)
+        .chain(disrupted(observed))
+    {
         set(&mut conditions, condition, generation, observed.now);
     }
     conditions
@@ -389,6 +398,43 @@ fn placed(record: &Record) -> Condition {
         reason: record.reason(),
         message: record.message(),
     }
+}
+
+/// The reason of a pod that its host had to give up, and that may not run again; a
+/// kubelet's own word for what it ends when its machine shuts down.
+pub(crate) const TERMINATED: &str = "Terminated";
+
+/// Who looks after Jobs counts such an end as no failure of the pod's.
+fn disrupted(observed: &Observed<'_>) -> Option<Condition> {
+    let verdict = observed.verdict.filter(|verdict| verdict.reason == TERMINATED)?;
+    Some(Condition {
+        kind: "DisruptionTarget",
+        holds: true,
+        reason: "TerminationByKubelet",
+        message: verdict.message.clone(),
+    })
+}
+
+/// Says why there is no host for the pod. Written only of one that has waited for long
+/// enough to be told so.
+const HOST_FOUND: &str = "spindrift.dev/HostFound";
+
+fn host_found(observed: &Observed<'_>, before: &PodStatus) -> Option<Condition> {
+    if let Some(waiting) = &observed.waiting {
+        return Some(Condition {
+            kind: HOST_FOUND,
+            holds: false,
+            reason: waiting.reason,
+            message: waiting.message.clone(),
+        });
+    }
+    let waited = before.conditions.iter().flatten().any(|c| c.type_ == HOST_FOUND);
+    (waited && observed.sandbox.is_some()).then(|| Condition {
+        kind: HOST_FOUND,
+        holds: true,
+        reason: "HostFound",
+        message: String::new(),
+    })
 }
 
 /// KEP-3085: the sandbox has its network; here also: its mesh attachment serves.

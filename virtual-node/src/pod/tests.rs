@@ -2,6 +2,7 @@
 //! without either. Nothing here reads a clock on the wall.
 
 mod api_server;
+mod claimed;
 mod host;
 mod world;
 

@@ -10,10 +10,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::transport::{Channel, Endpoint};
 
-use crate::{
-    config::PoolHost,
-    pool_tls::{LoadError, PoolTls},
-};
+use crate::pool_tls::{LoadError, PoolTls};
 
 /// TCP and TLS together.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -39,8 +36,8 @@ enum ConnectError {
 }
 
 /// Connects at the first call, and again when the connection broke.
-pub(crate) fn channel(host: &PoolHost, tls: Arc<PoolTls>) -> Channel {
-    let (address, name) = (host.address, host.name.clone());
+pub(crate) fn channel(host: &HostName, address: SocketAddr, tls: Arc<PoolTls>) -> Channel {
+    let name = host.clone();
     // The URI only carries the authority of the requests; the connector knows where to go.
     Endpoint::from_static("http://pool-agent")
         .connect_timeout(CONNECT_TIMEOUT)

@@ -61,7 +61,7 @@ fn at(seconds: i64) -> Timestamp {
 }
 
 fn shape(hosts: &HostTable, node: &Node, now: i64) -> Shape {
-    Shape::new(&identity(), hosts, node, at(now))
+    Shape::new(&identity(), hosts, &Standing::of_hosts(hosts), node, at(now))
 }
 
 #[test]
@@ -153,8 +153,39 @@ fn a_quota_is_what_the_node_offers() {
         ephemeral_storage_bytes: 1 << 30,
         sandboxes: 5,
     });
-    let shape = Shape::new(&identity, &hosts([true, true]), &Node::default(), at(0));
+    let (hosts, node) = (hosts([true, true]), Node::default());
+    let shape = Shape::new(&identity, &hosts, &Standing::of_hosts(&hosts), &node, at(0));
     let status = shape.node().status.unwrap();
     assert_eq!(status.capacity.unwrap()["pods"].0, "5");
     assert_eq!(status.allocatable.unwrap()["cpu"].0, "500m");
+}
+
+#[test]
+fn over_a_cell_the_node_is_ready_without_a_host_once_the_quota_is_known() {
+    let node = |quota| {
+        let standing = Standing::of_quota(quota);
+        let shape = Shape::new(&identity(), &HostTable::new(), &standing, &Node::default(), at(0));
+        (shape.ready(), shape.node())
+    };
+    let (ready, before) = node(None);
+    assert!(!ready);
+    // What was offered before is known from the Node itself; nothing is no offer.
+    assert_eq!(offered(&before), None);
+    let quota = Resources {
+        cpu_millis: 1500,
+        memory_bytes: 1 << 30,
+        ephemeral_storage_bytes: 1 << 30,
+        sandboxes: 10,
+    };
+    assert!(node(Some(quota)).0);
+    let identity = Identity {
+        settings: config::Node {
+            quota: Some(quota),
+            ..identity().settings
+        },
+        ..identity()
+    };
+    let standing = Standing::of_quota(Some(quota));
+    let shape = Shape::new(&identity, &HostTable::new(), &standing, &Node::default(), at(0));
+    assert_eq!(offered(&shape.node()), Some(quota));
 }

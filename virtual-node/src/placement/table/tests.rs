@@ -50,7 +50,13 @@ fn ask(cpu: u64, owner: &str) -> Ask {
             ephemeral_storage_bytes: 0,
             ..resources(cpu, 1)
         },
+        requests: Resources::default(),
+        runtime: None,
         owner: Some(owner.to_owned()).filter(|o| !o.is_empty()),
+        namespace: "shop".parse().unwrap(),
+        name: "web".parse().unwrap(),
+        images: vec!["app:1".into()],
+        grace: std::time::Duration::from_secs(30),
     }
 }
 

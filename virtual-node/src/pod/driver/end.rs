@@ -60,7 +60,7 @@ pub(super) async fn stop(pool: Pool, uid: PodUid, place: Place, grace: Duration)
     let mut retries = Retries::of_calls();
     let mut told = false;
     loop {
-        let Some(host) = pool.host(&place.host) else {
+        let Some(host) = pool.find(&place.host).await else {
             return Done::Stopped { place, known: false };
         };
         match host.stop(&key, grace).await {
@@ -80,7 +80,7 @@ pub(super) async fn forget(pool: Pool, uid: PodUid, place: &Place) {
     };
     let mut retries = Retries::of_calls();
     let mut told = false;
-    while let Some(host) = pool.host(&place.host) {
+    while let Some(host) = pool.find(&place.host).await {
         match host.forget(&key).await {
             Ok(()) | Err(CallError::NotFound { .. }) => return,
             Err(error) => repeated(&error, &mut told, "forget"),

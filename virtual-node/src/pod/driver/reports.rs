@@ -1,8 +1,12 @@
 //! What hosts report of the pod. Only of the placement on record are they believed.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use pool_agent_api::SandboxStatus;
+use pool_agent_api::{
+    SandboxStatus,
+    status::{SandboxState, Severity},
+};
+use tracing::warn;
 
 use super::{
     super::{
@@ -11,12 +15,13 @@ use super::{
         status::{self, Observed, Phase, Verdict},
     },
     Driver,
+    room::DEFAULT_GRACE,
 };
 
-/// How often the placement's host had told all it has when it took the pod.
+/// When the placement's host had last told all it has as it took the pod.
 pub(super) struct Synced {
     place: Place,
-    count: u64,
+    turn: u64,
 }
 
 impl Driver {
@@ -35,9 +40,10 @@ impl Driver {
         for (place, status) in changed {
             self.judge(&place, &status);
             self.step(Event::Seen {
-                place,
+                place: place.clone(),
                 state: status.state,
             });
+            self.heed_notice(place, &status);
         }
         let gone: Vec<Place> = before
             .into_keys()
@@ -59,9 +65,45 @@ impl Driver {
             sandbox: Some(sandbox),
             ..self.observed(&pod)
         });
-        if Phase::parse(computed.phase.as_deref()).is_final() {
+        let phase = Phase::parse(computed.phase.as_deref());
+        let given_up = sandbox.notice.is_some() && sandbox.state == SandboxState::Stopped;
+        if phase.is_final() && !(given_up && phase == Phase::Failed) {
+            self.step(Event::Intended(Intent::Finish));
+        } else if given_up && self.may_not_run_again() {
+            self.conclude(Verdict {
+                reason: status::TERMINATED.into(),
+                message: format!("Pod was terminated: host {} had to give it up", place.host),
+            });
+        } else if phase.is_final() {
             self.step(Event::Intended(Intent::Finish));
         }
+    }
+
+    /// Its host has to give it up: a drain, a preemption, the pool's operator. It is
+    /// stopped, and starts on another host once nothing of it runs.
+    fn heed_notice(&mut self, place: Place, sandbox: &SandboxStatus) {
+        let Some(notice) = &sandbox.notice else { return };
+        if sandbox.state == SandboxState::Stopped
+            || self.lifecycle.intent() != Intent::Run
+            || !matches!(self.lifecycle.stage(), Stage::Placed { place: at } if *at == place)
+        {
+            return;
+        }
+        warn!(host = %place.host, attempt = %place.attempt, reason = notice.reason, "the pod has to leave its host");
+        let message = format!(
+            "The pod's host {} has to give it up: {}",
+            place.host, notice.reason
+        );
+        self.happened(Severity::Warning, "LeavingHost", &message);
+        let spec = self.object.as_ref().and_then(|pod| pod.spec.as_ref());
+        let grace = spec
+            .and_then(|spec| spec.termination_grace_period_seconds)
+            .and_then(|seconds| u64::try_from(seconds).ok())
+            .unwrap_or(DEFAULT_GRACE);
+        self.step(Event::Noticed {
+            place,
+            grace: Duration::from_secs(grace),
+        });
     }
 
     /// The host says that it has no such sandbox.
@@ -98,12 +140,12 @@ impl Driver {
             // From before this process: the first time counts.
             Stage::Recorded { place } => (place.clone(), 0),
             Stage::Placed { place } | Stage::Stopping { place, .. } => {
-                let (place, count) = (place.clone(), heard.syncs(&place.host));
+                let (place, turn) = (place.clone(), heard.syncs(&place.host));
                 match &self.synced {
-                    Some(synced) if synced.place == place => (place, synced.count),
+                    Some(synced) if synced.place == place => (place, synced.turn),
                     _ => {
-                        let synced = self.synced.insert(Synced { place, count });
-                        (synced.place.clone(), count)
+                        let synced = self.synced.insert(Synced { place, turn });
+                        (synced.place.clone(), turn)
                     }
                 }
             }
@@ -112,9 +154,27 @@ impl Driver {
                 return;
             }
         };
-        let told = heard.syncs(&place.host) > since || !heard.knows(&place.host);
-        if told && !self.reports.contains_key(&place) {
+        if heard.syncs(&place.host) > since && !self.reports.contains_key(&place) {
             self.missing(place);
         }
+    }
+
+    /// Whether its host has turned out to be none of the pool: it can run nothing
+    /// there. Only of a placement that the placer has been told, who may know the
+    /// host by it.
+    pub(super) fn is_without_host(&mut self) -> bool {
+        let gone = match self.lifecycle.stage() {
+            Stage::Recorded { place }
+            | Stage::Placed { place }
+            | Stage::Stopping { place, .. }
+            | Stage::Stopped { place }
+                if self.room.names(place) && !self.tools.pool.may_have(&place.host) =>
+            {
+                place.clone()
+            }
+            _ => return false,
+        };
+        self.missing(gone);
+        true
     }
 }

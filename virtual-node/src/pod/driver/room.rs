@@ -1,27 +1,29 @@
 //! What the pod takes of the pool: whether it is admitted, where it gets room, and
 //! what the placer is told.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use futures::FutureExt;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Pod, PodSpec};
 use kube::ResourceExt;
 use pool_agent_api::{Attempt, HostName, Namespace, PodName, spec::MeshMode, status::Severity};
+use tokio::sync::watch;
 use tracing::debug;
 
 use super::{
     super::{
         admission,
         lifecycle::{Event, Place, Room},
+        resolve::{Extent, runtime_handler},
         status::Verdict,
         translate::{self, Untranslatable},
     },
-    Done, Driver, Tools,
+    Done, Driver, Tools, nothing_to_wait_for,
 };
 use crate::{
     event::{Happening, Object},
-    placement::{Ask, Placement, Shortage},
+    placement::{Ask, Claimed, Placement, Shortage, Waiting},
 };
 
 /// A pod that waits for room longer than this is told so.
@@ -34,14 +36,28 @@ pub(super) enum Told {
     Nothing,
     Wanted(Attempt),
     Held(Placement),
+    Left(Place),
     /// This host did not take it.
     Refused(HostName),
 }
 
+impl Told {
+    /// Whether the placer knows of this place.
+    pub(super) fn names(&self, place: &Place) -> bool {
+        match self {
+            Self::Held(placement) => placement.host == place.host && placement.attempt == place.attempt,
+            Self::Left(left) => left == place,
+            Self::Unsaid | Self::Nothing | Self::Wanted(_) | Self::Refused(_) => false,
+        }
+    }
+}
+
 /// What came of asking for room.
-pub(super) enum Claimed {
+pub(super) enum Sought {
     Room(HostName),
     Never(Verdict),
+    /// Not under this attempt.
+    Lost(Attempt),
     /// The process is stopping.
     Abandoned,
 }
@@ -59,17 +75,22 @@ impl Driver {
             Room::Nothing => Told::Nothing,
             Room::Wanted(attempt) => Told::Wanted(attempt),
             Room::Held(place) => self.placement(&pod, place).map_or(Told::Nothing, Told::Held),
+            Room::Left(place) => Told::Left(place.clone()),
         };
         if room == self.room {
             return;
         }
         match &room {
-            Told::Wanted(_) => self.claim(&pod),
+            Told::Wanted(attempt) => self.claim(&pod, *attempt),
             Told::Held(placement) => {
                 if let Ok(ask) = ask(&pod) {
                     let (uid, placement) = (self.uid.clone(), placement.clone());
                     self.tools.placer.hold(uid, ask, placement).await;
                 }
+            }
+            Told::Left(place) => {
+                let Place { host, attempt } = place.clone();
+                self.tools.placer.leave(self.uid.clone(), host, attempt).await;
             }
             Told::Nothing | Told::Unsaid | Told::Refused(_) => {
                 self.tools.placer.release(self.uid.clone()).await;
@@ -91,53 +112,102 @@ impl Driver {
         })
     }
 
-    fn claim(&mut self, pod: &Arc<Pod>) {
+    fn claim(&mut self, pod: &Arc<Pod>, attempt: Attempt) {
         let (tools, uid, pod) = (self.tools.clone(), self.uid.clone(), pod.clone());
         // A pod that was placed before was admitted then.
         let admit = self.record.is_none();
-        let claiming = async move {
+        let (show, shown) = watch::channel(None);
+        self.waiting = shown;
+        let seeking = async move {
             if admit && let Err(rejection) = admitted(&tools, &pod).await {
-                return Done::Claimed(Claimed::Never(rejection));
+                return Done::Sought(Sought::Never(rejection));
             }
-            let ask = match ask(&pod) {
+            let mut ask = match ask(&pod) {
                 Ok(ask) => ask,
-                Err(why) => return Done::Claimed(Claimed::Never(unsupported(&why))),
+                Err(why) => return Done::Sought(Sought::Never(unsupported(&why))),
             };
-            let mut claim = std::pin::pin!(tools.placer.claim(uid, ask));
+            let class = pod.spec.as_ref().and_then(|s| s.runtime_class_name.as_deref());
+            // One that is not there holds the pod up later, and is told then.
+            if let Ok(Some(handler)) = runtime_handler(&tools.client, class, Extent::Start).await {
+                ask.runtime = handler;
+            }
+            let (why, waits) = watch::channel(None);
+            let mut claim = std::pin::pin!(tools.placer.claim(uid, attempt, ask, why));
             let claimed = tokio::select! {
                 claimed = &mut claim => claimed,
-                () = tokio::time::sleep(PATIENCE) => {
-                    tools.recorder.record(Happening {
-                        object: Object::pod(&pod),
-                        severity: Severity::Warning,
-                        reason: "WaitingForRoom".into(),
-                        message: "No host of the pool has room for the pod now; it starts when one has".into(),
-                        at: Timestamp::now(),
-                    });
-                    claim.await
-                }
+                () = tell_of_waiting(&tools, &pod, waits, &show) => claim.await,
             };
-            Done::Claimed(match claimed {
-                Ok(Ok(host)) => Claimed::Room(host),
-                Ok(Err(shortage)) => Claimed::Never(out_of(&shortage)),
+            Done::Sought(match claimed {
+                Ok(Claimed::Room(host)) => {
+                    if show.borrow().is_some() {
+                        let message = "A host of the pool has room for the pod";
+                        tools
+                            .recorder
+                            .record(happening(&pod, Severity::Normal, "HostFound", message));
+                    }
+                    Sought::Room(host)
+                }
+                Ok(Claimed::Never(shortage)) => Sought::Never(out_of(&shortage)),
+                Ok(Claimed::Unfit(invalid)) => Sought::Never(unsupported(&invalid.into())),
+                Ok(Claimed::Lost) => Sought::Lost(attempt),
                 Err(stopped) => {
                     debug!(
                         error = &stopped as &dyn std::error::Error,
                         "a claim was abandoned"
                     );
-                    Claimed::Abandoned
+                    Sought::Abandoned
                 }
             })
         };
-        self.work = Some(claiming.boxed());
+        self.work = Some(seeking.boxed());
     }
 
-    pub(super) fn claimed(&mut self, claimed: Claimed) {
-        match claimed {
-            Claimed::Room(host) => self.step(Event::Claimed(host)),
-            Claimed::Never(verdict) => self.conclude(verdict),
-            Claimed::Abandoned => {}
+    pub(super) fn sought(&mut self, sought: Sought) {
+        self.waiting = nothing_to_wait_for();
+        match sought {
+            Sought::Room(host) => self.step(Event::Claimed(host)),
+            Sought::Never(verdict) => self.conclude(verdict),
+            Sought::Lost(attempt) => self.step(Event::Lost(attempt)),
+            Sought::Abandoned => {}
         }
+    }
+}
+
+/// Says why the pod waits, once it has for a while and whenever the reason becomes
+/// another: in an event, and to the driver for the status.
+async fn tell_of_waiting(
+    tools: &Tools,
+    pod: &Pod,
+    mut waits: watch::Receiver<Option<Waiting>>,
+    show: &watch::Sender<Option<Waiting>>,
+) {
+    tokio::time::sleep(PATIENCE).await;
+    let mut reason = "";
+    loop {
+        let waiting = waits.borrow_and_update().clone();
+        if let Some(waiting) = waiting {
+            // The words may change with every other pod; that is no news.
+            if waiting.reason != reason {
+                reason = waiting.reason;
+                tools
+                    .recorder
+                    .record(happening(pod, Severity::Warning, reason, &waiting.message));
+                show.send_replace(Some(waiting));
+            }
+        }
+        if waits.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+fn happening(pod: &Pod, severity: Severity, reason: &str, message: &str) -> Happening {
+    Happening {
+        object: Object::pod(pod),
+        severity,
+        reason: reason.to_owned(),
+        message: message.to_owned(),
+        at: Timestamp::now(),
     }
 }
 
@@ -165,8 +235,35 @@ fn ask(pod: &Pod) -> Result<Ask, Untranslatable> {
         .find(|o| o.controller == Some(true))
         .map(|o| o.uid.clone());
     let claim = translate::claim(&spec)?;
-    Ok(Ask { claim, owner })
+    let requests = translate::claim(&PodSpec {
+        overhead: None,
+        ..spec.clone()
+    })?;
+    let mut distinct = BTreeSet::new();
+    let images = spec
+        .containers
+        .iter()
+        .chain(spec.init_containers.iter().flatten())
+        .filter_map(|container| container.image.clone())
+        .filter(|image| distinct.insert(image.clone()))
+        .collect();
+    let grace = spec
+        .termination_grace_period_seconds
+        .and_then(|s| u64::try_from(s).ok());
+    Ok(Ask {
+        claim,
+        requests,
+        runtime: None,
+        owner,
+        namespace: Namespace::parse("metadata.namespace", pod.namespace().unwrap_or_default())?,
+        name: PodName::parse("metadata.name", pod.name_any())?,
+        images,
+        grace: Duration::from_secs(grace.unwrap_or(DEFAULT_GRACE)),
+    })
 }
+
+/// Kubernetes' own, in seconds.
+pub(super) const DEFAULT_GRACE: u64 = 30;
 
 /// As a kubelet rejects a pod that asks for what the node does not have.
 pub(super) fn unsupported(why: &Untranslatable) -> Verdict {

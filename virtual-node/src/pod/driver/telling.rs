@@ -93,6 +93,7 @@ impl Driver {
             sandbox,
             verdict: self.verdict.as_ref(),
             holdup: self.holdup.as_ref(),
+            waiting: self.waiting.borrow().clone(),
             host_lost: lost,
             ended: finished || self.is_removing(),
             now: Timestamp::now(),
@@ -116,6 +117,7 @@ impl Driver {
                 let urgent = wanted.phase != current.phase
                     || ready(&wanted) != ready(&current)
                     || self.holdup.is_some()
+                    || self.waiting.borrow().is_some()
                     || self.verdict.is_some();
                 let due = Instant::now() + if urgent { Duration::ZERO } else { QUIET };
                 self.telling.due = Some(self.telling.due.map_or(due, |at| at.min(due)));

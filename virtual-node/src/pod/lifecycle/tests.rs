@@ -262,7 +262,7 @@ fn a_finished_pod_keeps_its_remains_until_it_is_deleted() {
         state: SandboxState::Stopped,
     };
     let (core, effects) = core.step(stopped);
-    assert_eq!((effects.len(), core.room()), (0, Room::Nothing));
+    assert_eq!((effects.len(), core.room()), (0, Room::Left(&place(0, 1))));
     // It does not run again, whatever comes.
     let (core, effects) = core.step(Event::Intended(Intent::Run));
     assert_eq!(effects, []);

@@ -94,6 +94,7 @@ fn sandbox(state: SandboxState, init: Vec<ContainerStatus>, app: Vec<ContainerSt
 
 fn observed<'a>(pod: &'a Pod, sandbox: Option<&'a SandboxStatus>) -> Observed<'a> {
     Observed {
+        waiting: None,
         pod,
         record: None,
         sandbox,

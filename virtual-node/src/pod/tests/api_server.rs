@@ -99,6 +99,17 @@ impl ApiServer {
         self.journal.stir();
     }
 
+    /// The names of what is in a collection.
+    pub(super) fn names(&self, collection: &str) -> Vec<String> {
+        let state = self.state();
+        let inside = format!("{collection}/");
+        let paths = state.objects.keys();
+        paths
+            .filter_map(|path| path.strip_prefix(&inside))
+            .map(str::to_owned)
+            .collect()
+    }
+
     pub(super) fn get(&self, path: &str) -> Option<Value> {
         self.state().objects.get(path).cloned()
     }
@@ -181,7 +192,13 @@ impl ApiServer {
         }
         let (code, answer) = match answer {
             Ok(object) => (StatusCode::OK, object),
-            Err(code) => (code, failure(code)),
+            Err(code) => {
+                let mut status = failure(code);
+                if head.method == Method::POST && code == StatusCode::CONFLICT {
+                    status["reason"] = json!("AlreadyExists");
+                }
+                (code, status)
+            }
         };
         let body = Full::new(Bytes::from(answer.to_string()));
         Ok(Response::builder()
@@ -286,6 +303,17 @@ impl State {
                 let reason = body["reason"].as_str().unwrap_or_default().to_owned();
                 self.events.push(reason);
                 Ok(body)
+            }
+            Method::POST if path.ends_with("/pods") => {
+                let name = body["metadata"]["name"].as_str().unwrap_or_default();
+                let at = format!("{path}/{name}");
+                if self.objects.contains_key(&at) {
+                    return Err(StatusCode::CONFLICT);
+                }
+                let mut object = body.clone();
+                object["metadata"]["uid"] = json!(format!("made-{}", self.version));
+                self.put(&at, object);
+                Ok(self.objects[&at].clone())
             }
             Method::PATCH if path.ends_with("/status") => {
                 self.patches.push(body.clone());

@@ -9,6 +9,7 @@ use std::{
 };
 
 use http::Method;
+use pool_agent_api::HostName;
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use tokio::{sync::watch, task::JoinHandle};
@@ -21,12 +22,14 @@ use super::{
 use crate::{
     config,
     event::Recorder,
-    placement::{Placements, Placer},
+    placement::{Cell, Placements, Placer},
     pod::{Directory, Supervisor, driver::Tools, metrics::Metrics, translate::NodeFacts, watch_pods},
-    pool::{Membership, Pool},
+    pool::{Membership, Named, Pool},
 };
 
 pub(super) const NODE: &str = "node";
+/// The tenant's namespace in the cell.
+const CELL: &str = "/api/v1/namespaces/tenant-demo";
 /// Where the pod of most tests is.
 pub(super) const WEB: &str = "/api/v1/namespaces/shop/pods/web";
 /// How long something may take that should happen. It costs no time to wait.
@@ -82,6 +85,8 @@ pub(super) struct World {
     pub(super) api: ApiServer,
     pub(super) a: Host,
     pub(super) b: Host,
+    /// None: the hosts are listed.
+    pub(super) cell: Option<ApiServer>,
     journal: Journal,
     process: Option<Process>,
 }
@@ -101,9 +106,73 @@ impl World {
             api,
             a: Host::new("host-a", journal.clone()),
             b: Host::new("host-b", journal.clone()),
+            cell: None,
             journal,
             process: None,
         }
+    }
+
+    /// Hosts are claimed in a cell, where nobody binds but the test. The virtual node
+    /// runs.
+    pub(super) async fn with_cell() -> Self {
+        let mut world = Self::new();
+        let cell = ApiServer::new(world.journal.clone());
+        cell.put(
+            &format!("{CELL}/resourcequotas/standard"),
+            json!({"metadata": {"name": "standard"}, "spec": {"hard": {"pods": "10"}}}),
+        );
+        world.cell = Some(cell);
+        world.start();
+        world
+            .until("placements are complete", |w| w.placements().complete)
+            .await;
+        world
+    }
+
+    fn cell(&self) -> &ApiServer {
+        self.cell.as_ref().unwrap()
+    }
+
+    /// The names of the claims that there are.
+    pub(super) fn claims(&self) -> Vec<String> {
+        self.cell().names(&format!("{CELL}/pods"))
+    }
+
+    pub(super) async fn until_claims(&self, names: &[&str]) {
+        self.until(&format!("the claims are {names:?}"), |w| w.claims() == names)
+            .await;
+    }
+
+    /// As the scheduler and then the host's agent do.
+    pub(super) fn bind(&self, claim: &str, host: &str) {
+        let path = format!("{CELL}/pods/{claim}");
+        let mut object = self.cell().get(&path).unwrap();
+        object["spec"]["nodeName"] = json!(host);
+        object["metadata"]["annotations"]["spindrift.dev/agent"] = json!("192.0.2.11:7443");
+        self.cell().put(&path, object);
+    }
+
+    /// As the scheduler does when nothing fits.
+    pub(super) fn pass_over(&self, claim: &str, why: &str) {
+        let path = format!("{CELL}/pods/{claim}");
+        let mut object = self.cell().get(&path).unwrap();
+        object["status"]["conditions"] =
+            json!([{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": why}]);
+        self.cell().put(&path, object);
+    }
+
+    /// Gone without the node's doing.
+    pub(super) fn lose_claim(&self, claim: &str) {
+        self.cell().remove(&format!("{CELL}/pods/{claim}"));
+    }
+
+    /// A pod that runs on host-a, by its claim.
+    pub(super) async fn running_by_claim(&self) {
+        self.create("u-1", json!({}));
+        self.until_claims(&["u-1-1"]).await;
+        self.bind("u-1-1", "host-a");
+        self.host_of("u-1").await.run("u-1");
+        self.until_condition("Ready", "True").await;
     }
 
     /// The virtual node runs, and both hosts are in reach.
@@ -123,9 +192,34 @@ impl World {
             (hosts[0].name.clone(), self.a.channel()),
             (hosts[1].name.clone(), self.b.channel()),
         ]);
-        let connect = |host: &config::PoolHost| channels[&host.name].clone();
-        let (pool, reports, table) = Pool::start(&hosts, connect, &membership());
-        let (placer, placements) = Placer::start(table);
+        let connect = move |host: &HostName, _| channels[host].clone();
+        let (names, named) = watch::channel(Named::listed(&hosts));
+        if self.cell.is_some() {
+            names.send_replace(Named::default());
+        }
+        let (pool, reports, table) = Pool::start(named, connect, membership());
+        let (placer, placements) = match &self.cell {
+            None => Placer::start(table),
+            Some(cell) => Placer::claim_in(
+                Cell {
+                    client: cell.client(),
+                    tenants_client: client.clone(),
+                    settings: config::Cell {
+                        kubeconfig: "/nowhere".into(),
+                        namespace: "tenant-demo".parse().unwrap(),
+                        priority_class: None,
+                        zone: None,
+                        class: None,
+                        arch: None,
+                    },
+                    tenant: "demo".parse().unwrap(),
+                    node_name: NODE.into(),
+                    named: names,
+                    quota: watch::Sender::new(None),
+                },
+                table,
+            ),
+        };
         let node = json!({"metadata": {"name": NODE, "labels": {"zone": "a"}}});
         let node = serde_json::from_value(node).unwrap();
         let tools = Arc::new(Tools {

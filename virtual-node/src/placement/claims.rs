@@ -1,0 +1,459 @@
+//! Which claims there should be in the cell, given what the pods' drivers want and
+//! what the cell holds. Pure; [`cell`](super::cell) carries it out.
+//!
+//! ```text
+//!               no claim there          bound, its agent in reach
+//!  Wanted ─────────▶ Create ─────▶ (seen) ─────▶ Room ──▶ Held ──▶ Left ──▶ Nothing
+//!     ▲                               │ deleted, over, or another's           │
+//!     └───── the next attempt ◀── Lost                                Delete ◀┘
+//! ```
+//!
+//! What always holds:
+//! - a claim is created only for what a driver wants now, under that attempt's name;
+//! - a claim is deleted only when its driver has said that nothing is left of its
+//!   attempt, or that it wants another attempt, or when a live read says that the pod
+//!   is gone;
+//! - room is granted once for each want, on the host that the claim is bound to, and
+//!   only if the claim says what was asked for and nobody has given notice;
+//! - while the cell is away nothing is concluded from it: what was seen stays.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+};
+
+use k8s_openapi::api::core::v1::Pod;
+use pool_agent_api::{Attempt, HostName, Namespace, PodName, PodUid, SandboxKey};
+use pool_cell::{Claim, Placed};
+use tracing::warn;
+
+use super::Waiting;
+use crate::pool::Named;
+
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum Effect {
+    Create(Claim),
+    /// Repeated until it is gone or being deleted.
+    Delete(SandboxKey),
+    /// Read the claim itself: the watch is no proof of absence. Answered by
+    /// [`Claims::looked`].
+    Look(SandboxKey),
+    /// Read the pod of a claim that no driver has asked for. Answered by
+    /// [`Claims::orphaned`] if it is gone.
+    LookForPod {
+        key: SandboxKey,
+        namespace: Namespace,
+        name: PodName,
+    },
+    Room(PodUid, HostName),
+    Lost(PodUid),
+    Tell(PodUid, Waiting),
+}
+
+/// What a pod's driver said last.
+#[derive(Debug, Clone)]
+enum Want {
+    /// Room for an attempt that no host has heard of.
+    Room {
+        claim: Claim,
+        /// It has been asked for, and the cell has not answered.
+        asked: bool,
+        answered: bool,
+        told: Option<Waiting>,
+    },
+    /// The attempt may run there, or its remains are there.
+    Kept {
+        attempt: Attempt,
+        host: HostName,
+        /// A live read has said that it has no claim.
+        unclaimed: bool,
+    },
+    Nothing,
+}
+
+impl Want {
+    fn attempt(&self) -> Option<Attempt> {
+        match self {
+            Self::Room { claim, .. } => Some(claim.key.attempt),
+            Self::Kept { attempt, .. } => Some(*attempt),
+            Self::Nothing => None,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Seen {
+    placed: Placed,
+    /// Why the scheduler has no host for it; empty if it has, or has not looked.
+    unscheduled: String,
+    /// A deletion by us is under way.
+    deleting: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Claims {
+    node_name: String,
+    wants: BTreeMap<PodUid, Want>,
+    seen: BTreeMap<PodUid, BTreeMap<Attempt, Seen>>,
+    /// Where each host's agent was last said to serve.
+    agents: BTreeMap<HostName, SocketAddr>,
+    reachable: BTreeSet<HostName>,
+    /// Claims of a listing in progress.
+    listing: Option<BTreeSet<SandboxKey>>,
+    /// All claims have been listed once.
+    listed: bool,
+    /// A host is named, or an address, that was not when [`Self::hosts`] was last asked.
+    new_host: bool,
+}
+
+impl Claims {
+    pub(super) fn new(node_name: String) -> Self {
+        Self {
+            node_name,
+            wants: BTreeMap::new(),
+            seen: BTreeMap::new(),
+            agents: BTreeMap::new(),
+            reachable: BTreeSet::new(),
+            listing: None,
+            listed: false,
+            new_host: false,
+        }
+    }
+
+    // ---- what drivers say
+
+    pub(super) fn want(&mut self, claim: Claim) -> Vec<Effect> {
+        let pod = claim.key.pod.clone();
+        let want = Want::Room {
+            claim,
+            asked: false,
+            answered: false,
+            told: None,
+        };
+        self.wants.insert(pod.clone(), want);
+        self.settle(&pod)
+    }
+
+    pub(super) fn keep(&mut self, pod: &PodUid, attempt: Attempt, host: HostName) -> Vec<Effect> {
+        let unclaimed = matches!(
+            self.wants.get(pod),
+            Some(Want::Kept { attempt: same, unclaimed: true, .. }) if *same == attempt
+        );
+        let want = Want::Kept {
+            attempt,
+            host,
+            unclaimed,
+        };
+        self.wants.insert(pod.clone(), want);
+        self.settle(pod)
+    }
+
+    pub(super) fn release(&mut self, pod: &PodUid) -> Vec<Effect> {
+        self.wants.insert(pod.clone(), Want::Nothing);
+        self.settle(pod)
+    }
+
+    // ---- what the cell says
+
+    pub(super) fn begin_listing(&mut self) {
+        self.listing = Some(BTreeSet::new());
+    }
+
+    pub(super) fn end_listing(&mut self) -> Vec<Effect> {
+        let listing = self.listing.take().unwrap_or_default();
+        let gone: Vec<SandboxKey> = self
+            .seen
+            .iter()
+            .flat_map(|(pod, attempts)| attempts.keys().map(move |attempt| key(pod, *attempt)))
+            .filter(|key| !listing.contains(key))
+            .collect();
+        for key in &gone {
+            self.forget(key);
+        }
+        self.new_host |= !std::mem::replace(&mut self.listed, true);
+        let pods: Vec<PodUid> = self.wants.keys().chain(self.seen.keys()).cloned().collect();
+        pods.iter().flat_map(|pod| self.settle(pod)).collect()
+    }
+
+    /// A claim as it is now. Those of the tenant's other nodes are not ours.
+    pub(super) fn seen(&mut self, pod: &Pod) -> Vec<Effect> {
+        let placed = match Placed::parse(pod) {
+            Ok(placed) => placed,
+            // The cell's policy lets nobody make one.
+            Err(error) => {
+                warn!(error = %error, name = pod.metadata.name, "a Pod among the claims is none");
+                return vec![];
+            }
+        };
+        if placed.claim.node_name != self.node_name {
+            return vec![];
+        }
+        let key = placed.claim.key.clone();
+        if let Some(listing) = &mut self.listing {
+            listing.insert(key.clone());
+        }
+        if let (Some(host), Some(agent)) = (&placed.host, placed.agent) {
+            let before = self.agents.insert(host.clone(), agent);
+            self.new_host |= before != Some(agent) || !self.reachable.contains(host);
+        }
+        let attempts = self.seen.entry(key.pod.clone()).or_default();
+        let deleting = attempts
+            .get(&key.attempt)
+            .is_some_and(|old| old.deleting && old.placed.uid == placed.uid);
+        let seen = Seen {
+            unscheduled: unscheduled(pod),
+            placed,
+            deleting,
+        };
+        attempts.insert(key.attempt, seen);
+        if let Some(Want::Room { asked, claim, .. }) = self.wants.get_mut(&key.pod)
+            && claim.key == key
+        {
+            *asked = false;
+        }
+        self.settle(&key.pod)
+    }
+
+    pub(super) fn deleted(&mut self, pod: &Pod) -> Vec<Effect> {
+        let Ok(placed) = Placed::parse(pod) else {
+            return vec![];
+        };
+        let key = placed.claim.key.clone();
+        self.forget(&key);
+        self.settle(&key.pod)
+    }
+
+    /// The cell did not create it, for the reason that is told; it is asked again
+    /// with [`Self::again`].
+    pub(super) fn not_created(&mut self, key: &SandboxKey, why: Waiting) -> Vec<Effect> {
+        match self.wants.get_mut(&key.pod) {
+            Some(Want::Room { claim, .. }) if claim.key == *key => self.tell(&key.pod, why),
+            _ => vec![],
+        }
+    }
+
+    /// There is one of that name already: ours from before, or one that is ending.
+    pub(super) fn exists(&mut self, key: &SandboxKey) -> Vec<Effect> {
+        vec![Effect::Look(key.clone())]
+    }
+
+    pub(super) fn again(&mut self, pod: &PodUid) -> Vec<Effect> {
+        if let Some(Want::Room { asked, .. }) = self.wants.get_mut(pod) {
+            *asked = false;
+        }
+        self.settle(pod)
+    }
+
+    /// A live read of a claim: there is none.
+    pub(super) fn looked_in_vain(&mut self, key: &SandboxKey) -> Vec<Effect> {
+        self.forget(key);
+        match self.wants.get_mut(&key.pod) {
+            Some(Want::Kept {
+                attempt, unclaimed, ..
+            }) if *attempt == key.attempt => *unclaimed = true,
+            Some(Want::Room { claim, asked, .. }) if claim.key == *key => *asked = false,
+            _ => {}
+        }
+        self.settle(&key.pod)
+    }
+
+    /// A live read of the pod: it is gone, and nobody asks for its claim.
+    pub(super) fn orphaned(&mut self, pod: &PodUid) -> Vec<Effect> {
+        if self.wants.contains_key(pod) {
+            return vec![];
+        }
+        self.release(pod)
+    }
+
+    // ---- what the pool says
+
+    /// The hosts with which there is a session.
+    pub(super) fn set_reachable(&mut self, reachable: BTreeSet<HostName>) -> Vec<Effect> {
+        let new: BTreeSet<HostName> = reachable.difference(&self.reachable).cloned().collect();
+        self.reachable = reachable;
+        if new.is_empty() {
+            return vec![];
+        }
+        let waiting: Vec<PodUid> = self
+            .wants
+            .iter()
+            .filter(|(_, want)| matches!(want, Want::Room { answered: false, .. }))
+            .map(|(pod, _)| pod.clone())
+            .collect();
+        waiting.iter().flat_map(|pod| self.settle(pod)).collect()
+    }
+
+    /// Claims for which no driver has said anything: of pods that may be gone.
+    pub(super) fn orphans(&self) -> Vec<Effect> {
+        self.seen
+            .iter()
+            .filter(|(pod, _)| !self.wants.contains_key(*pod))
+            .filter_map(|(_, attempts)| attempts.values().next())
+            .map(|seen| Effect::LookForPod {
+                key: seen.placed.claim.key.clone(),
+                namespace: seen.placed.claim.namespace.clone(),
+                name: seen.placed.claim.name.clone(),
+            })
+            .collect()
+    }
+
+    pub(super) fn names_a_new_host(&self) -> bool {
+        self.new_host
+    }
+
+    /// The hosts that hold something of this node, as far as is known.
+    pub(super) fn hosts(&mut self) -> Named {
+        self.new_host = false;
+        let mut hosts: BTreeMap<HostName, Option<SocketAddr>> = BTreeMap::new();
+        for seen in self.seen.values().flat_map(BTreeMap::values) {
+            if let Some(host) = &seen.placed.host {
+                let agent = seen.placed.agent.or_else(|| self.agents.get(host).copied());
+                hosts.insert(host.clone(), agent);
+            }
+        }
+        for (pod, want) in &self.wants {
+            // Bound there once. Until it is certain that it is no more, it may be.
+            if let Want::Kept {
+                attempt,
+                host,
+                unclaimed: false,
+            } = want
+                && self.claim_of(pod, *attempt).is_none()
+            {
+                hosts
+                    .entry(host.clone())
+                    .or_insert_with(|| self.agents.get(host).copied());
+            }
+        }
+        self.agents.retain(|host, _| hosts.contains_key(host));
+        Named {
+            hosts,
+            complete: self.listed,
+        }
+    }
+
+    fn claim_of(&self, pod: &PodUid, attempt: Attempt) -> Option<&Seen> {
+        self.seen.get(pod)?.get(&attempt)
+    }
+
+    fn forget(&mut self, key: &SandboxKey) {
+        if let Some(attempts) = self.seen.get_mut(&key.pod) {
+            attempts.remove(&key.attempt);
+            if attempts.is_empty() {
+                self.seen.remove(&key.pod);
+            }
+        }
+    }
+
+    /// Once for each new thing to say.
+    fn tell(&mut self, pod: &PodUid, waiting: Waiting) -> Vec<Effect> {
+        match self.wants.get_mut(pod) {
+            Some(Want::Room { told, .. }) if told.as_ref() != Some(&waiting) => {
+                *told = Some(waiting.clone());
+                vec![Effect::Tell(pod.clone(), waiting)]
+            }
+            _ => vec![],
+        }
+    }
+
+    /// What is to be done for a pod, given what is wanted and what there is.
+    fn settle(&mut self, pod: &PodUid) -> Vec<Effect> {
+        let Some(want) = self.wants.get(pod) else {
+            return vec![];
+        };
+        let current = want.attempt();
+        let mut effects = vec![];
+        for (attempt, seen) in self.seen.get_mut(pod).into_iter().flatten() {
+            let stale = Some(*attempt) != current;
+            if stale && !seen.deleting && seen.placed.deletion.is_none() {
+                seen.deleting = true;
+                effects.push(Effect::Delete(key(pod, *attempt)));
+            }
+        }
+        match self.wants.get(pod) {
+            Some(Want::Nothing) if !self.seen.contains_key(pod) => {
+                self.wants.remove(pod);
+            }
+            Some(Want::Kept {
+                attempt,
+                unclaimed: false,
+                ..
+            }) if self.listed && self.claim_of(pod, *attempt).is_none() => {
+                effects.push(Effect::Look(key(pod, *attempt)));
+            }
+            Some(Want::Room { answered: false, .. }) => effects.extend(self.seek(pod)),
+            _ => {}
+        }
+        effects
+    }
+
+    /// On with a claim that is wanted.
+    fn seek(&mut self, pod: &PodUid) -> Vec<Effect> {
+        let Some(Want::Room {
+            claim,
+            asked,
+            answered,
+            ..
+        }) = self.wants.get_mut(pod)
+        else {
+            return vec![];
+        };
+        let attempt = claim.key.attempt;
+        let Some(seen) = self.seen.get_mut(pod).and_then(|a| a.get_mut(&attempt)) else {
+            if *asked || !self.listed {
+                return vec![];
+            }
+            *asked = true;
+            return vec![Effect::Create(claim.clone())];
+        };
+        let placed = &seen.placed;
+        if placed.deletion.is_some() || seen.deleting || placed.phase.is_over() || placed.claim != *claim {
+            *answered = true;
+            let mut effects = vec![Effect::Lost(pod.clone())];
+            if !seen.deleting && seen.placed.deletion.is_none() {
+                seen.deleting = true;
+                effects.push(Effect::Delete(key(pod, attempt)));
+            }
+            return effects;
+        }
+        match (&placed.host, placed.agent) {
+            (Some(host), Some(_)) if self.reachable.contains(host) => {
+                *answered = true;
+                vec![Effect::Room(pod.clone(), host.clone())]
+            }
+            (Some(_), _) => self.tell(
+                pod,
+                Waiting::for_host("A host was found for the pod, and is not in reach yet"),
+            ),
+            (None, _) => {
+                let message = if seen.unscheduled.is_empty() {
+                    "The pool's scheduler looks for a host".to_owned()
+                } else {
+                    seen.unscheduled.clone()
+                };
+                self.tell(pod, Waiting::for_host(message))
+            }
+        }
+    }
+}
+
+fn key(pod: &PodUid, attempt: Attempt) -> SandboxKey {
+    SandboxKey {
+        pod: pod.clone(),
+        attempt,
+    }
+}
+
+/// The scheduler's own words.
+fn unscheduled(pod: &Pod) -> String {
+    let conditions = pod.status.as_ref().and_then(|s| s.conditions.as_ref());
+    conditions
+        .into_iter()
+        .flatten()
+        .find(|c| c.type_ == "PodScheduled" && c.status == "False")
+        .and_then(|c| c.message.clone())
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests;
