@@ -14,11 +14,13 @@
 //!   the API server vouches for, the answer is 401;
 //! - what runs a command or opens a stream asks for `create`, also where the
 //!   method is GET (a WebSocket), so that a right to read is no right to run;
-//! - a review that fails is a refusal.
+//! - a review that fails is a refusal;
+//! - who holds connections without saying who he is keeps out nobody who says it.
 
 mod attributes;
 mod authenticate;
 mod authorize;
+mod doorway;
 mod logs;
 mod pods;
 mod review_cache;
@@ -26,7 +28,10 @@ mod serving;
 mod stats;
 mod stream;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::{
     Extension, Router,
@@ -37,12 +42,12 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{any, get},
 };
+use bounds::{Bounds, Seldom};
 use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use kube::Client;
 use rustls_pki_types::CertificateDer;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::Semaphore,
     time::timeout,
 };
 use tokio_rustls::TlsAcceptor;
@@ -56,15 +61,13 @@ use crate::{
 };
 use authenticate::Authenticator;
 use authorize::Authorizer;
+use doorway::{Doorway, Standing};
 pub(crate) use serving::ServingError;
 
 /// A client that has not finished its handshake by then is hung up on.
 const HANDSHAKE: Duration = Duration::from_secs(10);
 /// And one that has not sent its request's head.
 const HEAD: Duration = Duration::from_secs(30);
-/// Connections at once. The API server keeps one for each log, exec and forward.
-const CONNECTIONS: usize = 1024;
-
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum KubeletError {
     #[error("cannot read the kubelet API's certificates")]
@@ -100,6 +103,7 @@ pub(crate) struct Kubelet {
     pub(crate) client: Client,
     pub(crate) directory: Directory,
     pub(crate) pool: Pool,
+    pub(crate) shown: Bounds,
 }
 
 impl Kubelet {
@@ -127,7 +131,8 @@ impl Kubelet {
         };
         let router = router(context, gate);
         let acceptor = TlsAcceptor::from(tls.config);
-        let places = Arc::new(Semaphore::new(CONNECTIONS));
+        let doorway = Doorway::new(&self.shown);
+        let told = Seldom::default();
         info!(%address, "kubelet API served");
         loop {
             let accepted = tokio::select! {
@@ -138,22 +143,21 @@ impl Kubelet {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     // Out of descriptors, say: others must end first.
-                    warn!(%error, "cannot accept a connection to the kubelet API");
+                    if let Some(left_out) = told.due(Instant::now()) {
+                        warn!(%error, left_out, "cannot accept a connection to the kubelet API");
+                    }
                     tokio::time::sleep(Duration::from_millis(100)).await;
                     continue;
                 }
             };
-            let Ok(place) = places.clone().try_acquire_owned() else {
-                warn!(%peer, "too many connections to the kubelet API");
-                continue;
-            };
-            let connection = connection(socket, acceptor.clone(), router.clone());
+            let (standing, displaced) = doorway.come(peer.ip().to_canonical());
+            let connection = connection(socket, acceptor.clone(), router.clone(), standing);
             let shutdown = shutdown.clone();
             let span = info_span!("kubelet_api", %peer);
             let task = async move {
-                let _place = place;
                 tokio::select! {
                     () = connection => {}
+                    () = displaced => debug!("others came, and it had not said who it is"),
                     () = shutdown.cancelled() => {}
                 }
             };
@@ -162,7 +166,7 @@ impl Kubelet {
     }
 }
 
-async fn connection(socket: TcpStream, acceptor: TlsAcceptor, router: Router) {
+async fn connection(socket: TcpStream, acceptor: TlsAcceptor, router: Router, standing: Standing) {
     // Keystrokes of an exec: nothing to gain by waiting for more.
     drop(socket.set_nodelay(true));
     let tls = match timeout(HANDSHAKE, acceptor.accept(socket)).await {
@@ -175,7 +179,11 @@ async fn connection(socket: TcpStream, acceptor: TlsAcceptor, router: Router) {
         .1
         .peer_certificates()
         .map(|chain| chain.iter().map(|c| c.clone().into_owned()).collect());
-    let service = TowerToHyperService::new(router.layer(Extension(Certificates(chain))));
+    let service = TowerToHyperService::new(
+        router
+            .layer(Extension(Certificates(chain)))
+            .layer(Extension(standing)),
+    );
     let served = hyper::server::conn::http1::Builder::new()
         .timer(hyper_util::rt::TokioTimer::new())
         .header_read_timeout(HEAD)
@@ -232,6 +240,16 @@ async fn admit(State(gate): State<Gate>, mut request: Request<Body>, next: Next)
             return (StatusCode::UNAUTHORIZED, "Unauthorized").into_response();
         }
     };
+    if let Some(standing) = request.extensions_mut().remove::<Standing>()
+        && let Err(level) = standing.proved(&user.name)
+    {
+        warn!(user = user.name, %level, "too many connections to the kubelet API");
+        return (
+            StatusCode::TOO_MANY_REQUESTS,
+            format!("the {level}'s share of connections is used up"),
+        )
+            .into_response();
+    }
     let asked = attributes::of(request.method(), request.uri().path());
     match gate.authorizer.authorize(&user, &asked).await {
         Ok(()) => next.run(request).await,

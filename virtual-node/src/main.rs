@@ -40,6 +40,12 @@ fn main() -> anyhow::Result<()> {
         LogFormat::Json => log.json().init(),
     }
     let config = Config::read(&arguments.config)?;
+    let descriptors = bounds::descriptors::raise().context("cannot raise RLIMIT_NOFILE")?;
+    tracing::info!(
+        limit = descriptors.limit,
+        before = descriptors.before,
+        "descriptors"
+    );
     rustls::crypto::aws_lc_rs::default_provider()
         .install_default()
         .map_err(|_| anyhow!("another cryptography provider is installed"))?;

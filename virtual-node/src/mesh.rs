@@ -34,6 +34,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use bounds::Bounds;
 use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
 use mesh_api::istio::certificate::istio_certificate_service_server::IstioCertificateServiceServer;
 use prometheus_client::registry::Registry;
@@ -111,6 +112,7 @@ pub struct Control {
     authority: Authority,
     listener: TcpListener,
     metrics: Arc<Metrics>,
+    shown: Bounds,
 }
 
 impl Control {
@@ -123,6 +125,7 @@ impl Control {
             .await
             .map_err(|source| Error::Listen { address, source })?;
         let metrics = Arc::new(Metrics::register(registry));
+        let shown = Bounds::register(registry.sub_registry_with_prefix("virtual_node_mesh"));
         let expiry = authority.not_after().duration_since(SystemTime::UNIX_EPOCH);
         metrics.ca_expires(expiry.unwrap_or_default().as_secs_f64());
         Ok(Self {
@@ -130,6 +133,7 @@ impl Control {
             authority,
             listener,
             metrics,
+            shown,
         })
     }
 
@@ -204,7 +208,7 @@ impl Control {
                 IstioCertificateServiceServer::new(broker).max_decoding_message_size(MAX_CSR_REQUEST),
             )
             .serve_with_incoming_shutdown(
-                listener::accept(self.listener, pool, self.metrics),
+                listener::accept(self.listener, pool, self.metrics, &self.shown),
                 shutdown.cancelled_owned(),
             )
             .await

@@ -6,6 +6,7 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context;
+use bounds::Bounds;
 use kube::{
     Client, Config as ClientConfig,
     config::{KubeConfigOptions, Kubeconfig},
@@ -122,6 +123,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
         client,
         directory,
         pool,
+        shown: Bounds::register(registry.sub_registry_with_prefix("virtual_node_kubelet")),
     };
     let kubelet = tokio::spawn(kubelet.serve(shutdown.clone()));
 

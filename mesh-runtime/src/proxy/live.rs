@@ -58,7 +58,12 @@ struct Registered {
 
 impl Drop for Registered {
     fn drop(&mut self) {
-        self.live.table().open.remove(&self.id);
+        let open = &mut self.live.table().open;
+        open.remove(&self.id);
+        // A map keeps the room of its best days.
+        if open.capacity() > 1024 && open.len() < open.capacity() / 8 {
+            open.shrink_to_fit();
+        }
     }
 }
 

@@ -98,7 +98,7 @@ impl Default for Given {
             callers_handshaking: 256,
             callers_handshaking_per_address: 16,
             calls_per_tenant: 256,
-            watches_per_tenant: 8,
+            watches_per_tenant: 16,
             logs_per_tenant: 128,
             splices_per_tenant: 128,
         }

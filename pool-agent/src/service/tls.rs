@@ -40,6 +40,9 @@ pub use files::{Credentials, Pem, TlsError, follow};
 const PATIENCE: Duration = Duration::from_secs(10);
 /// A tenant that is alone may hold this many times the connections it leaves.
 const GREED: u32 = 4;
+/// Callers that were turned away, in the log, every ten seconds: whoever floods the
+/// port does not flood it too.
+const TOLD: u32 = 50;
 /// After an accept that failed, such as for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Connections that wait to be served.
@@ -155,7 +158,7 @@ pub fn accept(
 ) -> ReceiverStream<io::Result<Connection>> {
     let (accepted, stream) = mpsc::channel(ACCEPTED);
     tokio::spawn(async move {
-        let (not_accepted, turned_away) = (Seldom::default(), Arc::new(Seldom::default()));
+        let (not_accepted, turned_away) = (Seldom::default(), Arc::new(Seldom::allowing(TOLD)));
         loop {
             let (stream, from) = match listener.accept().await {
                 Ok(accepted) => accepted,
@@ -178,14 +181,12 @@ pub fn accept(
                             tracing::debug!("a caller came as the agent ended");
                         }
                     }
-                    Err(Stranger::Displaced) => {
-                        if let Some(left_out) = turned_away.due(Instant::now()) {
-                            tracing::warn!(from = %from, error = %Stranger::Displaced, left_out, "a caller was turned away");
-                        }
-                    }
                     Err(stranger) => {
+                        let Some(left_out) = turned_away.due(Instant::now()) else {
+                            return;
+                        };
                         let cause = std::error::Error::source(&stranger).map(ToString::to_string);
-                        tracing::warn!(from = %from, error = %stranger, cause, "a caller was turned away");
+                        tracing::warn!(from = %from, error = %stranger, cause, left_out, "a caller was turned away");
                     }
                 }
             });

@@ -2,15 +2,22 @@
 //! name in their certificate. Handed to the gRPC server by `mesh`.
 //!
 //! What always holds: no byte of a connection reaches the server before its
-//! certificate is verified; a peer that says nothing is hung up on.
+//! certificate is verified; a peer that says nothing is hung up on, at once when others
+//! need its place; hosts that were here before do not stand among strangers, and none
+//! has more than its own few connections.
 
 use std::{
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
-    time::Duration,
+    time::{Duration, Instant},
+};
+
+use bounds::{
+    Acquainted, Bounds, Budget, Gate, Level, Path, Place, Rule, Seldom, Shared, Step,
+    door::{Places, Queue},
 };
 
 use futures::Stream;
@@ -18,7 +25,7 @@ use pool_agent_api::HostName;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+    sync::mpsc,
     time::timeout,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -29,13 +36,18 @@ use super::metrics::Metrics;
 use crate::pool_tls::{NotExpected, PoolTls};
 
 /// Open connections: a pool has fewer hosts, and each needs one or two.
-const MAX_CONNECTIONS: usize = 2048;
+const MAX_CONNECTIONS: u32 = 2048;
+/// Of one host: those of an agent that ended may not be gone yet.
+const HOSTS_CONNECTIONS: u32 = 16;
 
-/// Handshakes at a time. A stranger who holds them all open keeps hosts out for as
-/// long as a handshake may take.
-const MAX_HANDSHAKES: usize = 256;
+/// Handshakes at a time, of strangers and again of addresses that a host came from
+/// before. Beyond, the oldest of the address with the most is hung up on.
+const HANDSHAKES: Places = Places { all: 256, of_one: 32 };
 
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Connections that were refused, in the log, every ten seconds.
+const TOLD: u32 = 50;
 
 /// After an accept that failed, such as for want of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -52,13 +64,78 @@ enum Refused {
     Handshake(io::Error),
     #[error(transparent)]
     Peer(NotExpected),
+    #[error("others came, and it had not said who it is")]
+    Displaced,
+    #[error("the {level}'s share of connections is used up, called by {host}")]
+    Share { host: HostName, level: Level },
 }
 
 /// A host's connection.
 pub struct HostStream {
     tls: TlsStream<TcpStream>,
     host: HostName,
-    _connection: OwnedSemaphorePermit,
+    _place: Place<HostName>,
+}
+
+/// Who is at the door, and who is through it. Cheap to clone.
+#[derive(Clone)]
+struct Doorway {
+    gate: Gate<IpAddr>,
+    connections: Shared<HostName>,
+    acquainted: Arc<Mutex<Acquainted<HostName, IpAddr>>>,
+}
+
+impl Doorway {
+    fn new(shown: &Bounds) -> Self {
+        let doorway = Self {
+            gate: Gate::new(HANDSHAKES, HANDSHAKES),
+            connections: Shared::new(Budget::new(MAX_CONNECTIONS, 0)),
+            acquainted: Arc::default(),
+        };
+        shown.show("handshakes", doorway.gate.clone());
+        shown.show("connections", doorway.connections.clone());
+        doorway
+    }
+
+    fn acquainted(&self) -> MutexGuard<'_, Acquainted<HostName, IpAddr>> {
+        // Nothing that can panic runs under it.
+        self.acquainted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn admit(&self, tcp: TcpStream, from: IpAddr, tls: &PoolTls) -> Result<HostStream, Refused> {
+        let queue = if self.acquainted().knows(&from) {
+            Queue::Known
+        } else {
+            Queue::Stranger
+        };
+        let guest = self.gate.come(queue, from);
+        let (tls, host) = tokio::select! {
+            shaken = shake_hands(tcp, tls) => shaken?,
+            () = guest.displaced() => return Err(Refused::Displaced),
+        };
+        let step = Step {
+            key: host.clone(),
+            level: Level::Peer,
+            rule: Rule {
+                limit: HOSTS_CONNECTIONS,
+                ..Rule::FAIR
+            },
+        };
+        let path = Path {
+            trunk: Arc::from([step]),
+            leaf: None,
+        };
+        let place = self.connections.take(path).map_err(|level| Refused::Share {
+            host: host.clone(),
+            level,
+        })?;
+        self.acquainted().meet(host.clone(), from);
+        Ok(HostStream {
+            tls,
+            host,
+            _place: place,
+        })
+    }
 }
 
 /// Accepts for as long as the answer is polled and not dropped.
@@ -66,20 +143,14 @@ pub fn accept(
     listener: TcpListener,
     tls: Arc<PoolTls>,
     metrics: Arc<Metrics>,
-) -> impl Stream<Item = io::Result<HostStream>> {
+    shown: &Bounds,
+) -> impl Stream<Item = io::Result<HostStream>> + use<> {
+    let doorway = Doorway::new(shown);
     // The server takes connections at once; the bound is what it may lag behind.
     let (accepted, connections) = mpsc::channel(16);
     tokio::spawn(async move {
-        let open = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        let shaking = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+        let (not_accepted, refused) = (Seldom::default(), Arc::new(Seldom::allowing(TOLD)));
         loop {
-            // Neither semaphore is ever closed.
-            let (Ok(connection), Ok(handshake)) = (
-                Arc::clone(&open).acquire_owned().await,
-                Arc::clone(&shaking).acquire_owned().await,
-            ) else {
-                return;
-            };
             let next = tokio::select! {
                 next = listener.accept() => next,
                 () = accepted.closed() => return,
@@ -87,25 +158,22 @@ pub fn accept(
             let (tcp, from) = match next {
                 Ok(next) => next,
                 Err(error) => {
-                    tracing::warn!(%error, "mesh connection not accepted");
+                    if let Some(left_out) = not_accepted.due(Instant::now()) {
+                        tracing::warn!(%error, left_out, "mesh connection not accepted");
+                    }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
             };
             let (tls, metrics, accepted) = (Arc::clone(&tls), Arc::clone(&metrics), accepted.clone());
+            let (doorway, refused) = (doorway.clone(), Arc::clone(&refused));
             tokio::spawn(async move {
-                match shake_hands(tcp, &tls).await {
-                    Ok((tls, host)) => {
-                        drop(handshake);
-                        let stream = HostStream {
-                            tls,
-                            host,
-                            _connection: connection,
-                        };
-                        // The server is gone: so is the connection.
+                match doorway.admit(tcp, from.ip().to_canonical(), &tls).await {
+                    // The server is gone: so is the connection.
+                    Ok(stream) => {
                         accepted.send(Ok(stream)).await.ok();
                     }
-                    Err(reason) => refuse(from, &reason, &metrics),
+                    Err(reason) => refuse(from, &reason, &metrics, &refused),
                 }
             });
         }
@@ -113,8 +181,10 @@ pub fn accept(
     ReceiverStream::new(connections)
 }
 
-fn refuse(from: SocketAddr, reason: &Refused, metrics: &Metrics) {
-    tracing::warn!(%from, %reason, "mesh connection refused");
+fn refuse(from: SocketAddr, reason: &Refused, metrics: &Metrics, told: &Seldom) {
+    if let Some(left_out) = told.due(Instant::now()) {
+        tracing::warn!(%from, %reason, left_out, "mesh connection refused");
+    }
     metrics.connection_refused();
 }
 
