@@ -5,7 +5,10 @@
 //! A lab that does not come up fails every test with the same reason: nothing
 //! is skipped.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+};
 
 use anyhow::Context;
 use clap::Parser;
@@ -71,6 +74,8 @@ pub struct Stage {
     settings: Settings,
     lab: OnceCell<Result<Arc<Lab>, String>>,
     turns: Arc<RwLock<()>>,
+    /// Why no further test can tell anything, once a test has left the lab so.
+    broken: OnceLock<String>,
 }
 
 impl Stage {
@@ -79,6 +84,7 @@ impl Stage {
             settings,
             lab: OnceCell::new(),
             turns: Arc::default(),
+            broken: OnceLock::new(),
         }
     }
 
@@ -97,6 +103,9 @@ impl Stage {
                     .map_err(|error| format!("{error:#}"))
             })
             .await;
+        if let Some(broken) = self.broken.get() {
+            anyhow::bail!("not run: {broken}");
+        }
         match made {
             Ok(lab) => Ok((turn, lab.clone())),
             Err(reason) => anyhow::bail!("the lab did not come up: {reason}"),
@@ -119,6 +128,24 @@ impl Stage {
         registry::push(&lab.topology().lab, lab.images(), BUSYBOX_IMAGE, PULLED).await?;
         program::import(&lab, &Cache::new(options.cache), &progress).await?;
         Ok(lab)
+    }
+
+    /// After a test that kills things, with its turn still held: what it left dead is
+    /// started, so that the next test is not the one that fails. A lab that cannot be
+    /// mended ends the suite, with the name of the test that broke it.
+    pub async fn mend(&self, lab: &Lab, test: &str) -> anyhow::Result<()> {
+        match lab.mend().await {
+            Ok(None) => Ok(()),
+            Ok(Some(missing)) => anyhow::bail!("it left the lab without {}", missing.join(", ")),
+            Err(error) => {
+                let broken = format!(
+                    "{test} left a lab that cannot be mended: {:#}",
+                    anyhow::Error::from(error)
+                );
+                let told = self.broken.get_or_init(|| broken).clone();
+                anyhow::bail!(told)
+            }
+        }
     }
 
     /// Removes the lab, unless it is to stay.

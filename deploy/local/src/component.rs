@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::sys::signal::Signal;
+use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -200,10 +200,7 @@ impl Component {
 
     /// Starts it without waiting.
     pub async fn spawn(&self, layout: &Layout) -> Result<Start, ComponentError> {
-        let files = |source| ComponentError::Files {
-            name: self.name.clone(),
-            source,
-        };
+        let _turn = self.turn(layout).await?;
         let digest = self.digest();
         let mut how = Start::Started;
         if let Some(record) = self.record(layout)
@@ -215,22 +212,70 @@ impl Component {
             record.process.end(Duration::from_secs(5)).await;
             how = Start::Restarted;
         }
-        for directory in [layout.logs(), layout.components()] {
-            std::fs::create_dir_all(directory).map_err(files)?;
+        let specification = serde_json::to_vec_pretty(self).map_err(|e| self.files(e.into()))?;
+        file::write(&self.file(layout, "json"), specification, file::Mode::Private)
+            .map_err(|e| self.files(e))?;
+        self.run(layout, digest)?;
+        Ok(how)
+    }
+
+    /// Starts it again if it was started, was not stopped, and has ended all the same.
+    /// True: it had.
+    pub(crate) async fn revive(&self, layout: &Layout) -> Result<bool, ComponentError> {
+        let _turn = self.turn(layout).await?;
+        match self.record(layout) {
+            Some(record) if !record.process.runs() => {
+                self.run(layout, record.digest)?;
+                Ok(true)
+            }
+            _ => Ok(false),
         }
-        let specification = serde_json::to_vec_pretty(self).map_err(|e| files(e.into()))?;
-        file::write(&self.file(layout, "json"), specification, file::Mode::Private).map_err(files)?;
+    }
+
+    /// Whether it was started and not stopped, and has ended.
+    pub(crate) fn has_failed(&self, layout: &Layout) -> bool {
+        self.record(layout).is_some_and(|record| !record.process.runs())
+    }
+
+    fn run(&self, layout: &Layout, digest: String) -> Result<(), ComponentError> {
+        std::fs::create_dir_all(layout.logs()).map_err(|e| self.files(e))?;
         if let Ready::Socket(socket) = &self.ready {
             // A socket left by a killed predecessor would look like readiness.
-            file::remove(socket).map_err(files)?;
+            file::remove(socket).map_err(|e| self.files(e))?;
         }
         let process = self.launch(layout).map_err(|source| ComponentError::Start {
             name: self.name.clone(),
             source,
         })?;
-        let record = serde_json::to_vec(&Record { process, digest }).map_err(|e| files(e.into()))?;
-        file::write(&self.file(layout, "pid"), record, file::Mode::Public).map_err(files)?;
-        Ok(how)
+        let record = serde_json::to_vec(&Record { process, digest }).map_err(|e| self.files(e.into()))?;
+        file::write(&self.file(layout, "pid"), record, file::Mode::Public).map_err(|e| self.files(e))
+    }
+
+    fn files(&self, source: std::io::Error) -> ComponentError {
+        ComponentError::Files {
+            name: self.name.clone(),
+            source,
+        }
+    }
+
+    /// Held by whoever starts or stops it: its supervisor does not start what a
+    /// person is stopping.
+    async fn turn(&self, layout: &Layout) -> Result<Flock<File>, ComponentError> {
+        std::fs::create_dir_all(layout.components()).map_err(|e| self.files(e))?;
+        let path = self.file(layout, "lock");
+        loop {
+            let file = OpenOptions::new()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .open(&path)
+                .map_err(|e| self.files(e))?;
+            match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(held) => return Ok(held),
+                Err((_, nix::Error::EWOULDBLOCK)) => tokio::time::sleep(Duration::from_millis(10)).await,
+                Err((_, error)) => return Err(self.files(error.into())),
+            }
+        }
     }
 
     pub async fn wait_ready(&self, layout: &Layout, limit: Duration) -> Result<(), ComponentError> {
@@ -257,24 +302,16 @@ impl Component {
 
     /// Asks it to end and insists after `grace`.
     pub async fn stop(&self, layout: &Layout, grace: Duration) -> Result<(), ComponentError> {
+        let _turn = self.turn(layout).await?;
         if let Some(record) = self.record(layout) {
             record.process.end(grace).await;
         }
-        file::remove(&self.file(layout, "pid")).map_err(|source| ComponentError::Files {
-            name: self.name.clone(),
-            source,
-        })
+        file::remove(&self.file(layout, "pid")).map_err(|e| self.files(e))
     }
 
     /// `kill -9`: what it must survive.
     pub async fn kill(&self, layout: &Layout) -> Result<(), ComponentError> {
         self.stop(layout, Duration::ZERO).await
-    }
-
-    pub fn signal(&self, layout: &Layout, signal: Signal) {
-        if let Some(process) = self.process(layout) {
-            process.signal(signal);
-        }
     }
 
     fn is_ready(&self) -> bool {

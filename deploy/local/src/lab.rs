@@ -31,7 +31,7 @@ use crate::{
     process::{self, Process},
     progress::{Progress, Step},
     registry::{self, RegistryError},
-    relay,
+    relay, supervisor,
     tool::ToolError,
     topology::{API_SERVER, API_SERVER_PORT, Topology, TopologyError, VIRTUAL_NODE},
 };
@@ -232,6 +232,9 @@ impl Lab {
         if options.extent == Extent::Whole {
             site.start_node(&cluster, &endpoint, address).await?;
         }
+        supervisor::component(&layout, &programs)?
+            .start(&layout, START)
+            .await?;
         Ok(Self {
             layout,
             topology,
@@ -274,6 +277,28 @@ impl Lab {
     /// The containerd of a host.
     pub fn runtime(&self, host: &str) -> Option<&Runtime> {
         self.runtimes.iter().find(|runtime| runtime.host().name == host)
+    }
+
+    /// Starts what was killed or stopped and not started again; None: it is whole.
+    /// Otherwise what was missing, once the node is Ready.
+    pub async fn mend(&self) -> Result<Option<Vec<String>>, LabError> {
+        let missing: Vec<Component> = Component::all(&self.layout)
+            .into_iter()
+            .filter(|component| component.process(&self.layout).is_none())
+            .collect();
+        if missing.is_empty() {
+            return Ok(None);
+        }
+        // etcd, then the API server, …: by their names they come in the order in which
+        // they need each other.
+        for component in &missing {
+            component.start(&self.layout, START).await?;
+        }
+        self.cluster.wait_ready(START).await?;
+        self.cluster.wait_node(&self.layout.node_name(), START).await?;
+        Ok(Some(
+            missing.into_iter().map(|component| component.name).collect(),
+        ))
     }
 
     /// `kill -9`, and gone when this returns.
@@ -586,6 +611,9 @@ async fn hold(layout: &Layout, progress: &Progress) -> Result<Flock<File>, LabEr
 async fn remove(layout: &Layout) -> Result<(), LabError> {
     // Whoever would start things anew goes first.
     let components = Component::all(layout);
+    for supervisor in components.iter().filter(|c| c.name == supervisor::COMPONENT) {
+        supervisor.kill(layout).await?;
+    }
     futures::future::try_join_all(components.iter().map(|component| component.kill(layout))).await?;
     for stray in Component::strays(layout) {
         stray.end(Duration::ZERO).await;

@@ -31,6 +31,7 @@ pub mod registry;
 pub mod relay;
 pub mod requirements;
 pub mod status;
+pub mod supervisor;
 pub mod tool;
 pub mod topology;
 

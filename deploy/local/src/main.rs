@@ -21,6 +21,7 @@ use spindrift_local::{
     relay,
     requirements::{self, Purpose},
     status::Status,
+    supervisor,
 };
 
 /// Spindrift on one machine: a Kubernetes control plane, a virtual node, a pool
@@ -56,6 +57,9 @@ enum Verb {
         #[command(flatten)]
         instance: Instance,
     },
+    /// Start again what ends by itself
+    #[command(hide = true)]
+    Supervise(Instance),
     /// Carry connections between network namespaces
     #[command(hide = true)]
     Relay {
@@ -178,6 +182,10 @@ fn main() -> ExitCode {
             )
             .map_err(Into::into)
         }
+        Verb::Supervise(Instance { instance }) => run(async move {
+            supervisor::run(&Layout::new(instance)).await;
+            Ok(())
+        }),
         Verb::Up(up) => run(make(up)),
         Verb::Down(Instance { instance }) => {
             run(async move { Ok(lab::down(&instance, &Progress::stderr()).await?) })

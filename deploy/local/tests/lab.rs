@@ -10,7 +10,7 @@ use k8s_openapi::api::{
 };
 use kube::{Api, ResourceExt, api::ListParams};
 use spindrift_local::{
-    Lab, Layout, Options, Progress,
+    Lab, Layout, Options, Progress, cluster,
     component::{Component, MARK},
     demo::{self, Exec},
     images, instance,
@@ -137,6 +137,29 @@ async fn a_lab_mends_what_was_killed_keeps_apart_from_another_and_leaves_nothing
         Component::strays(first_lab.layout()).is_empty(),
         "a second etcd was left"
     );
+
+    // What ends by itself is started again; what was stopped stays so.
+    let relay = first_lab.component("relay")?;
+    let ended = relay.process(first_lab.layout()).context("there is no relay")?;
+    first_lab.kill("kube-scheduler").await?;
+    ended.end(Duration::ZERO).await;
+    cluster::wait(
+        "the relay to be started again",
+        Duration::from_secs(60),
+        async || {
+            let now = relay.process(first_lab.layout());
+            now.filter(|now| *now != ended).map(drop).ok_or("it is not")
+        },
+    )
+    .await?;
+    ensure!(
+        first_lab
+            .component("kube-scheduler")?
+            .process(first_lab.layout())
+            .is_none(),
+        "what was killed on purpose was started"
+    );
+    assert_eq!(first_lab.mend().await?, Some(vec!["kube-scheduler".to_owned()]));
 
     // Other options than it was made with are refused, not half applied.
     let differing = Options {

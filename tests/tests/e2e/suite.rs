@@ -11,6 +11,7 @@ use std::{
 use anyhow::{anyhow, ensure};
 use futures::{FutureExt, future::LocalBoxFuture};
 use libtest_mimic::{Arguments, Failed, Trial};
+use spindrift_local::{Lab, component::Component, supervisor};
 use spindrift_tests::{Company, Scope, Stage, journal::Mark, stage::Settings};
 use tokio::runtime::Runtime;
 
@@ -73,9 +74,20 @@ fn short(name: &str) -> &str {
 }
 
 async fn hold(stage: &Stage, case: &Case) -> Result<(), Failed> {
-    let (_turn, lab) = stage.enter(case.company).await.map_err(told)?;
+    let (turn, lab) = stage.enter(case.company).await.map_err(told)?;
+    let result = hold_on(&lab, case).await;
+    if case.company == Company::Others {
+        return result;
+    }
+    let mended = stage.mend(&lab, short(case.name)).await.map_err(told);
+    drop(turn);
+    // Why it failed says more than what it left.
+    result.and(mended)
+}
+
+async fn hold_on(lab: &Arc<Lab>, case: &Case) -> Result<(), Failed> {
     let started = Instant::now();
-    let scope = Scope::open(lab, case.name).await.map_err(told)?;
+    let scope = Scope::open(lab.clone(), case.name).await.map_err(told)?;
     let body = AssertUnwindSafe((case.body)(&scope)).catch_unwind();
     let result = match tokio::time::timeout(LIMIT, body).await {
         Ok(Ok(result)) => result,
@@ -141,7 +153,23 @@ async fn interrupted() {
 
 /// What is looked at when all else is done.
 pub(crate) fn tests() -> Vec<Case> {
-    cases![Alone: no_component_panicked_in_the_whole_run]
+    cases![Alone: no_component_panicked_in_the_whole_run, no_component_ended_by_itself_in_the_whole_run]
+}
+
+async fn no_component_ended_by_itself_in_the_whole_run(scope: &Scope) -> anyhow::Result<()> {
+    let lab = scope.lab();
+    let watching = Component::find(lab.layout(), supervisor::COMPONENT)?;
+    ensure!(
+        watching.process(lab.layout()).is_some(),
+        "nobody supervises the lab"
+    );
+    let log = std::fs::read_to_string(watching.log(lab.layout()))?;
+    let ended: Vec<&str> = log
+        .lines()
+        .filter(|line| line.contains(supervisor::ENDED))
+        .collect();
+    ensure!(ended.is_empty(), "{ended:#?}");
+    Ok(())
 }
 
 async fn no_component_panicked_in_the_whole_run(scope: &Scope) -> anyhow::Result<()> {
