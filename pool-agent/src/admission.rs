@@ -30,9 +30,11 @@ use sha2::{Digest as _, Sha256};
 
 pub use addresses::Addresses;
 
-/// Ended attempts that are remembered. A pod's UID is never used again, so what
-/// this protects against is a message that was long under way.
-const FENCES: usize = 100_000;
+/// Ended attempts of one tenant that are remembered. A pod's UID is never used again,
+/// so what this protects against is a message that was long under way.
+const FENCES: usize = 20_000;
+/// And of all tenants. The one with the most loses its oldest.
+const ALL_FENCES: usize = 100_000;
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
@@ -75,10 +77,18 @@ pub struct Admission {
     fences: Fences,
 }
 
-/// The newest ended attempt of each pod, oldest entries forgotten first. By a digest
-/// of the pod's UID: there are many of them, for a long time.
+/// The newest ended attempt of each pod. A tenant raises fences for its own pods only,
+/// and pushes out none but its own.
 #[derive(Debug, Default)]
 struct Fences {
+    tenants: HashMap<TenantId, TenantFences>,
+    raised: usize,
+}
+
+/// Oldest entries forgotten first. By a digest of the pod's UID: there are many of
+/// them, for a long time.
+#[derive(Debug, Default)]
+struct TenantFences {
     by_pod: HashMap<Digest, (Attempt, u64)>,
     /// In the order in which they were raised; one that was raised again since is
     /// in here twice.
@@ -94,6 +104,28 @@ fn digest(pod: &PodUid) -> Digest {
 }
 
 impl Fences {
+    fn raise(&mut self, tenant: &TenantId, key: &SandboxKey) {
+        let own = self.tenants.entry(tenant.clone()).or_default();
+        own.raise(key);
+        self.raised += 1;
+        if own.raised.len() > FENCES {
+            own.drop_oldest();
+            self.raised -= 1;
+        }
+        while self.raised > ALL_FENCES
+            && let Some(most) = self.tenants.values_mut().max_by_key(|t| t.raised.len())
+        {
+            most.drop_oldest();
+            self.raised -= 1;
+        }
+    }
+
+    fn of(&self, tenant: &TenantId, pod: &PodUid) -> Option<Attempt> {
+        self.tenants.get(tenant)?.of(pod)
+    }
+}
+
+impl TenantFences {
     fn raise(&mut self, key: &SandboxKey) {
         let pod = digest(&key.pod);
         let attempt = match self.by_pod.get(&pod) {
@@ -103,12 +135,13 @@ impl Fences {
         self.by_pod.insert(pod, (attempt, self.next));
         self.raised.push_back((self.next, pod));
         self.next += 1;
-        while self.raised.len() > FENCES
-            && let Some((age, pod)) = self.raised.pop_front()
+    }
+
+    fn drop_oldest(&mut self) {
+        if let Some((age, pod)) = self.raised.pop_front()
+            && self.by_pod.get(&pod).is_some_and(|(_, newest)| *newest == age)
         {
-            if self.by_pod.get(&pod).is_some_and(|(_, newest)| *newest == age) {
-                self.by_pod.remove(&pod);
-            }
+            self.by_pod.remove(&pod);
         }
     }
 
@@ -208,7 +241,7 @@ impl Admission {
                 )),
             };
         }
-        if let Some(ended) = self.fences.of(&key.pod)
+        if let Some(ended) = self.fences.of(&spec.tenant, &key.pod)
             && key.attempt <= ended
         {
             return Err(if key.attempt == ended {
@@ -331,15 +364,9 @@ impl Admission {
     }
 
     /// A sandbox is gone. Its attempt, and all before it, may not come again.
-    pub fn end(&mut self, key: &SandboxKey) {
-        self.release(key);
-        if let Some(attempts) = self.here.get_mut(&key.pod) {
-            attempts.remove(&key.attempt);
-            if attempts.is_empty() {
-                self.here.remove(&key.pod);
-            }
-        }
-        self.fences.raise(key);
+    pub fn end(&mut self, tenant: &TenantId, key: &SandboxKey) {
+        self.undo(key);
+        self.fences.raise(tenant, key);
     }
 
     /// Takes back an admission that could not be made durable.
@@ -353,13 +380,15 @@ impl Admission {
         }
     }
 
-    /// Remembers that an attempt may not come again. False: that was known.
-    pub fn fence(&mut self, key: &SandboxKey) -> bool {
-        let new = self.fences.of(&key.pod).is_none_or(|ended| ended < key.attempt);
-        if new {
-            self.fences.raise(key);
+    /// Remembers that a tenant's attempt may not come again.
+    pub fn fence(&mut self, tenant: &TenantId, key: &SandboxKey) {
+        if self
+            .fences
+            .of(tenant, &key.pod)
+            .is_none_or(|ended| ended < key.attempt)
+        {
+            self.fences.raise(tenant, key);
         }
-        new
     }
 
     /// Where the next address is looked for; kept over restarts.

@@ -150,6 +150,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     let metrics_listener = TcpListener::bind(config.metrics_listen)
         .await
         .map_err(|e| listen(config.metrics_listen, e))?;
+    // What is taken over or swept away may have to be taken off its network, which the
+    // runtime asks of us.
+    tokio::spawn(cni::serve(cni, desk));
     let generation = contents.generation;
     let host = Host::adopt(
         shop,
@@ -161,7 +164,6 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     )
     .await
     .map_err(AgentError::Adopt)?;
-    tokio::spawn(cni::serve(cni, desk));
     tokio::spawn(events::watch(
         runtime,
         config.name.clone(),

@@ -32,6 +32,7 @@ use tracing::Instrument;
 use crate::{
     admission::{Admission, Answer, TenantRefusal, slim},
     board::Board,
+    causes::described,
     cri::events::{Believers, Sign},
     ledger::{Entry, Ledger, LedgerError, Record},
     network::{Network, NetworkError, Router},
@@ -79,8 +80,6 @@ pub enum StartError {
 pub enum SandboxError {
     #[error("sandbox {0} is not on this host")]
     Unknown(SandboxKey),
-    #[error("recording the stop")]
-    Ledger(#[from] LedgerError),
     #[error("{}", .0.message)]
     Refused(Trouble),
 }
@@ -218,8 +217,9 @@ impl Host {
             if pods {
                 return Err(TenantError::InUse("its settings cannot change under them"));
             }
-            // Nothing runs in it: it is made anew.
+            // Nothing runs in it: it is made anew. Until it is, there is none.
             self.inner.shop.mesh.close_tenant(&tenant.id).await?;
+            self.state().tenants.remove(&tenant.id);
         }
         let opened = self.open_tenant(&tenant).await?;
         self.inner
@@ -304,7 +304,15 @@ impl Host {
             state.admission.undo(&key);
             state.residents.remove(&key);
             ends.durable.send_replace(Some(false));
-            return Err(error);
+            return Err(match error {
+                StartError::Ledger(LedgerError::NoRoom(_)) => Refusal {
+                    reason: RefusalReason::NoRoom,
+                    message: described(&error),
+                    free: state.admission.free(),
+                }
+                .into(),
+                error => error,
+            });
         }
         ends.durable.send_replace(Some(true));
         tracing::info!(
@@ -346,7 +354,9 @@ impl Host {
         }
     }
 
-    /// Begins the graceful end, or hastens it.
+    /// Begins the graceful end, or hastens it. Whatever the disk is like: a stop that
+    /// cannot be recorded is only not gone on with by the next agent, until it is asked
+    /// for again.
     pub async fn stop(
         &self,
         tenant: &TenantId,
@@ -355,12 +365,16 @@ impl Host {
     ) -> Result<(), SandboxError> {
         let resident = self.resident(tenant, key)?;
         let by = after(self.inner.shop.clock.now(), grace);
+        tell(&resident, Command::Event(Event::Stop { grace })).await;
         // An agent that starts again in the middle goes on stopping.
-        self.inner
+        if let Err(error) = self
+            .inner
             .ledger
             .commit(vec![Record::Stopping(key.clone(), by)])
-            .await?;
-        tell(&resident, Command::Event(Event::Stop { grace })).await;
+            .await
+        {
+            tracing::warn!(pod.uid = %key.pod, attempt = %key.attempt, error = %error, "a stop cannot be recorded");
+        }
         Ok(())
     }
 
@@ -387,17 +401,9 @@ impl Host {
                 Ok(())
             }
             Err(_) => {
-                let fenced = {
-                    let mut state = self.state();
-                    // Another tenant's sandbox of that name is none of the caller's.
-                    if state.residents.contains_key(key) {
-                        return Ok(());
-                    }
-                    state.admission.fence(key)
-                };
-                if fenced {
-                    self.inner.ledger.commit(vec![Record::Ended(key.clone())]).await?;
-                }
+                // Nothing is written for what is not here. In memory it is enough: what
+                // may still be under way came by a connection that this process has.
+                self.state().admission.fence(tenant, key);
                 Ok(())
             }
         }
@@ -527,14 +533,19 @@ impl Host {
         if progress.wait_for(|p| p.gone).await.is_err() {
             return;
         }
-        while let Err(error) = self.inner.ledger.commit(vec![Record::Ended(key.clone())]).await {
+        while let Err(error) = self
+            .inner
+            .ledger
+            .commit(vec![Record::Ended(tenant.clone(), key.clone())])
+            .await
+        {
             // Its end is not told before it is recorded; the fence must not be lost.
             tracing::error!(error = %error, "the end of a sandbox cannot be recorded");
             tokio::time::sleep(Duration::from_secs(5)).await;
         }
         {
             let mut state = self.state();
-            state.admission.end(&key);
+            state.admission.end(&tenant, &key);
             state.residents.remove(&key);
         }
         self.inner.board.forget(&tenant, &key);

@@ -9,17 +9,23 @@
 //! A record is a line, `<checksum> <JSON>`. A last line that is torn was never
 //! acknowledged and is cut off. Anything else that does not read is damage: the
 //! agent then refuses to start rather than forget which attempts are fenced.
+//!
+//! A disk that fills up stops no pod from being stopped: room for the ends of what is
+//! here is set aside on the disk while there is some, and nothing is admitted
+//! without it. A write that failed is cut off again, and the next one is tried.
 
 use std::{
     collections::BTreeMap,
     fs::{File, OpenOptions},
     io::{self, Read, Write},
     net::Ipv4Addr,
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
     thread,
 };
 
 use jiff::Timestamp;
+use nix::fcntl::{FallocateFlags, fallocate};
 use pool_agent_api::{
     Attempt, Invalid, Namespace, PodName, PodUid, Resources, SandboxKey, Tenant, TenantId, wire,
 };
@@ -31,6 +37,9 @@ use tokio::sync::{mpsc, oneshot};
 const ENDED_KEPT: usize = 100_000;
 /// Commits that wait for the disk; a caller beyond that waits for its turn.
 const QUEUE: usize = 256;
+/// Set aside on the disk beyond the file's end, in bytes: some thousand stops and ends,
+/// more than a host has sandboxes.
+const RESERVE: u64 = 1 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
@@ -51,6 +60,8 @@ pub enum LedgerError {
     },
     #[error("writing the ledger: {0}")]
     Write(String),
+    #[error("the host's disk has no room to record another sandbox: {0}")]
+    NoRoom(String),
     #[error("the ledger's writer has ended")]
     Closed,
 }
@@ -80,7 +91,14 @@ pub enum Record {
     Tenant(Tenant),
     Admitted(Entry),
     Stopping(SandboxKey, Timestamp),
-    Ended(SandboxKey),
+    Ended(TenantId, SandboxKey),
+}
+
+impl Record {
+    /// Whether what it says makes the ledger need more room later.
+    fn begins(&self) -> bool {
+        matches!(self, Self::Router(..) | Self::Tenant(_) | Self::Admitted(_))
+    }
 }
 
 /// What the ledger held when it was opened.
@@ -92,7 +110,7 @@ pub struct Contents {
     pub routers: BTreeMap<TenantId, Ipv4Addr>,
     pub admitted: BTreeMap<SandboxKey, Entry>,
     /// Oldest first.
-    pub ended: Vec<SandboxKey>,
+    pub ended: Vec<(TenantId, SandboxKey)>,
     /// The last address given to a pod.
     pub last_address: Option<Ipv4Addr>,
 }
@@ -106,7 +124,7 @@ pub struct Ledger {
 #[derive(Debug)]
 struct Commit {
     records: Vec<Record>,
-    done: oneshot::Sender<Result<(), String>>,
+    done: oneshot::Sender<Result<(), LedgerError>>,
 }
 
 impl Ledger {
@@ -117,16 +135,27 @@ impl Ledger {
             path: path.to_owned(),
             source,
         };
-        let mut contents = read(path)?;
+        let (mut contents, whole) = read(path)?;
         contents.generation = contents.generation.saturating_add(1);
         if contents.ended.len() > ENDED_KEPT {
             contents.ended.drain(..contents.ended.len() - ENDED_KEPT);
         }
-        let file = rewrite(path, &contents).map_err(opening)?;
+        let file = match rewrite(path, &contents) {
+            Ok(file) => file,
+            Err(error) if is_full(&error) => {
+                tracing::warn!(error = %error, "the disk is full: the ledger is written on, not anew");
+                write_on(path, whole, contents.generation).map_err(opening)?
+            }
+            Err(error) => return Err(opening(error)),
+        };
+        let writer = Writer::new(file).map_err(opening)?;
+        if let Err(error) = writer.set_aside(0) {
+            tracing::warn!(error = %error, "the disk has no room for the ledger: nothing will be admitted");
+        }
         let (commits, queue) = mpsc::channel(QUEUE);
         thread::Builder::new()
             .name("ledger".into())
-            .spawn(move || write_commits(file, queue))
+            .spawn(move || write_commits(writer, queue))
             .map_err(opening)?;
         Ok((Self { commits }, contents))
     }
@@ -138,35 +167,109 @@ impl Ledger {
             .send(Commit { records, done })
             .await
             .map_err(|_| LedgerError::Closed)?;
-        answer
-            .await
-            .map_err(|_| LedgerError::Closed)?
-            .map_err(LedgerError::Write)
+        answer.await.map_err(|_| LedgerError::Closed)?
     }
 }
 
-fn write_commits(mut file: File, mut queue: mpsc::Receiver<Commit>) {
+/// The file, and how far it is known to be good.
+struct Writer {
+    file: File,
+    /// Bytes that are on disk.
+    good: u64,
+    /// Bytes that may be in the file.
+    written: u64,
+}
+
+impl Writer {
+    fn new(file: File) -> io::Result<Self> {
+        let good = file.metadata()?.len();
+        Ok(Self {
+            file,
+            good,
+            written: good,
+        })
+    }
+
+    /// On disk when it returns, or not there.
+    fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        // Of an earlier write that failed a part may be there.
+        if self.written != self.good {
+            self.file.set_len(self.good)?;
+            self.file.sync_all()?;
+            self.written = self.good;
+        }
+        let end = self.good + bytes.len() as u64;
+        self.written = end;
+        self.file.write_all_at(bytes, self.good)?;
+        self.file.sync_data()?;
+        self.good = end;
+        Ok(())
+    }
+
+    /// Keeps room on the disk for what has to be written later, beyond `more` bytes.
+    fn set_aside(&self, more: usize) -> io::Result<()> {
+        let keep = |n: u64| i64::try_from(n).map_err(|_| io::Error::from(io::ErrorKind::FileTooLarge));
+        let (from, length) = (keep(self.good)?, keep(more as u64 + RESERVE)?);
+        match fallocate(&self.file, FallocateFlags::FALLOC_FL_KEEP_SIZE, from, length) {
+            // A file system that cannot: then there is no more than the attempt.
+            Ok(()) | Err(nix::Error::EOPNOTSUPP) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
+}
+
+fn write_commits(mut writer: Writer, mut queue: mpsc::Receiver<Commit>) {
     let mut waiting = vec![];
-    // After a failed write the end of the file is unknown: nothing more is acknowledged.
-    let mut broken: Option<String> = None;
+    let mut failing = false;
     while queue.blocking_recv_many(&mut waiting, QUEUE) > 0 {
-        let mut bytes = vec![];
-        for commit in &waiting {
-            // One line for each commit, so that its records are torn together or not at all.
-            bytes.extend(line(&commit.records));
-        }
-        if broken.is_none()
-            && let Err(error) = file.write_all(&bytes).and_then(|()| file.sync_data())
-        {
-            tracing::error!(error = %error, "the ledger cannot be written");
-            broken = Some(error.to_string());
-        }
-        for commit in waiting.drain(..) {
-            let result = broken.clone().map_or(Ok(()), Err);
-            if commit.done.send(result).is_err() {
-                tracing::debug!("whoever committed to the ledger has gone");
+        // One line for each commit, so that its records are torn together or not at all.
+        let mut commits: Vec<(Vec<u8>, Commit)> = waiting.drain(..).map(|c| (line(&c.records), c)).collect();
+        if commits.iter().any(|(_, commit)| begins(commit)) {
+            let more = commits.iter().map(|(line, _)| line.len()).sum();
+            if let Err(error) = writer.set_aside(more) {
+                tracing::warn!(error = %error, "the disk has no room for the ledger: nothing is admitted");
+                let refused = commits.extract_if(.., |(_, commit)| begins(commit));
+                for (_, commit) in refused {
+                    answer(commit, Err(LedgerError::NoRoom(error.to_string())));
+                }
             }
         }
+        let bytes: Vec<u8> = commits.iter().flat_map(|(line, _)| line).copied().collect();
+        let result = if bytes.is_empty() {
+            Ok(())
+        } else {
+            writer.append(&bytes)
+        };
+        match &result {
+            Ok(()) if failing => tracing::info!("the ledger can be written again"),
+            Err(error) if !failing => tracing::error!(error = %error, "the ledger cannot be written"),
+            _ => {}
+        }
+        failing = result.is_err();
+        for (_, commit) in commits {
+            let told = result
+                .as_ref()
+                .copied()
+                .map_err(|e| LedgerError::Write(e.to_string()));
+            answer(commit, told);
+        }
+    }
+}
+
+fn begins(commit: &Commit) -> bool {
+    commit.records.iter().any(Record::begins)
+}
+
+fn answer(commit: Commit, result: Result<(), LedgerError>) {
+    if commit.done.send(result).is_err() {
+        tracing::debug!("whoever committed to the ledger has gone");
     }
 }
 
@@ -186,7 +289,8 @@ fn encode(stored: &[Stored]) -> Vec<u8> {
     format!("{} {json}\n", checksum(&json)).into_bytes()
 }
 
-fn read(path: &Path) -> Result<Contents, LedgerError> {
+/// What the file holds, and how many bytes of it are whole lines.
+fn read(path: &Path) -> Result<(Contents, u64), LedgerError> {
     let opening = |source| LedgerError::Open {
         path: path.to_owned(),
         source,
@@ -196,7 +300,7 @@ fn read(path: &Path) -> Result<Contents, LedgerError> {
         Ok(mut file) => {
             file.read_to_end(&mut bytes).map_err(opening)?;
         }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Contents::default()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Contents::default(), 0)),
         Err(error) => return Err(opening(error)),
     }
     let mut contents = Contents::default();
@@ -223,7 +327,7 @@ fn read(path: &Path) -> Result<Contents, LedgerError> {
         }
         rest = &rest[end + 1..];
     }
-    Ok(contents)
+    Ok((contents, (bytes.len() - rest.len()) as u64))
 }
 
 fn decode(line: &[u8]) -> Result<Vec<Stored>, String> {
@@ -233,6 +337,23 @@ fn decode(line: &[u8]) -> Result<Vec<Stored>, String> {
         return Err("its checksum is wrong".into());
     }
     serde_json::from_str(json).map_err(|e| e.to_string())
+}
+
+/// Goes on with the file as it is, after its last whole line.
+fn write_on(path: &Path, whole: u64, generation: u32) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(path)?;
+    // Not without need: it would give back what was set aside beyond the end.
+    if file.metadata()?.len() != whole {
+        file.set_len(whole)?;
+    }
+    let mut writer = Writer::new(file)?;
+    // Into what was set aside, as no other room is left.
+    writer.append(&encode(&[Stored::Generation { number: generation }]))?;
+    Ok(writer.file)
 }
 
 /// Writes a new file beside the old, and puts it in its place.
@@ -249,8 +370,8 @@ fn rewrite(path: &Path, contents: &Contents) -> io::Result<File> {
     for tenant in contents.tenants.values() {
         bytes.extend(line(&[Record::Tenant(tenant.clone())]));
     }
-    for key in &contents.ended {
-        bytes.extend(line(&[Record::Ended(key.clone())]));
+    for (tenant, key) in &contents.ended {
+        bytes.extend(line(&[Record::Ended(tenant.clone(), key.clone())]));
     }
     for entry in contents.admitted.values() {
         bytes.extend(line(&[Record::Admitted(entry.clone())]));
@@ -266,8 +387,12 @@ fn rewrite(path: &Path, contents: &Contents) -> io::Result<File> {
         .truncate(true)
         .write(true)
         .open(&beside)?;
-    file.write_all(&bytes)?;
-    file.sync_all()?;
+    let written = file.write_all(&bytes).and_then(|()| file.sync_all());
+    if let Err(error) = written {
+        // It takes what room there is.
+        std::fs::remove_file(&beside)?;
+        return Err(error);
+    }
     std::fs::rename(&beside, path)?;
     File::open(directory)?.sync_all()?;
     Ok(file)
@@ -324,6 +449,7 @@ enum Stored {
     Ended {
         uid: String,
         attempt: u32,
+        tenant: String,
     },
 }
 
@@ -383,9 +509,10 @@ impl From<&Record> for Stored {
                 attempt: key.attempt.get(),
                 by: *by,
             },
-            Record::Ended(key) => Self::Ended {
+            Record::Ended(tenant, key) => Self::Ended {
                 uid: key.pod.to_string(),
                 attempt: key.attempt.get(),
+                tenant: tenant.to_string(),
             },
         }
     }
@@ -476,10 +603,10 @@ impl Contents {
                     entry.stop_by = Some(entry.stop_by.map_or(by, |known| known.min(by)));
                 }
             }
-            Stored::Ended { uid, attempt } => {
+            Stored::Ended { uid, attempt, tenant } => {
                 let key = key(uid, attempt)?;
                 self.admitted.remove(&key);
-                self.ended.push(key);
+                self.ended.push((TenantId::parse("tenant", tenant)?, key));
             }
         }
         Ok(())

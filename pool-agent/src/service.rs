@@ -3,7 +3,8 @@
 //!
 //! What always holds: the tenant a caller acts for is the one in its certificate;
 //! a message that names another tenant, or another tenant's sandbox, is refused;
-//! every message has a bound, and nothing a caller sends makes the agent panic.
+//! every message has a bound, and nothing a caller sends makes the agent panic; a
+//! call that changes the host is done whole, whenever its caller goes away.
 
 pub mod tls;
 
@@ -22,6 +23,7 @@ use pool_agent_api::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
+use tracing::Instrument;
 
 use calls::{Counted, Kind};
 
@@ -86,10 +88,17 @@ impl From<SandboxError> for Status {
         let message = described(&error);
         match error {
             SandboxError::Unknown(_) => Self::not_found(message),
-            SandboxError::Ledger(_) => Self::unavailable(message),
             SandboxError::Refused(_) => Self::failed_precondition(message),
         }
     }
+}
+
+/// Goes on to its end when its caller goes away: what changes the host is done whole,
+/// and whoever asks again finds it so.
+async fn whole<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> Result<T, Status> {
+    tokio::spawn(work.in_current_span())
+        .await
+        .map_err(|_| Status::internal("the call broke off in the agent"))
 }
 
 #[tonic::async_trait]
@@ -125,17 +134,20 @@ impl PoolAgent for Service {
         let _call = self.calls.begin(&caller, Kind::Call)?;
         let tenant = Tenant::try_from(request.into_inner())?;
         own(&caller, &tenant.id)?;
-        self.host.configure_tenant(tenant).await.map_err(|error| {
-            let message = described(&error);
-            tracing::warn!(tenant = %caller, error = message, "a tenant was not configured");
-            match error {
-                TenantError::Refused(_) | TenantError::InUse(_) => Status::failed_precondition(message),
-                TenantError::Network(_) | TenantError::Open(_) | TenantError::Close(_) => {
-                    Status::internal(message)
+        let host = self.host.clone();
+        whole(async move { host.configure_tenant(tenant).await })
+            .await?
+            .map_err(|error| {
+                let message = described(&error);
+                tracing::warn!(tenant = %caller, error = message, "a tenant was not configured");
+                match error {
+                    TenantError::Refused(_) | TenantError::InUse(_) => Status::failed_precondition(message),
+                    TenantError::Network(_) | TenantError::Open(_) | TenantError::Close(_) => {
+                        Status::internal(message)
+                    }
+                    TenantError::Ledger(_) => Status::unavailable(message),
                 }
-                TenantError::Ledger(_) => Status::unavailable(message),
-            }
-        })?;
+            })?;
         Ok(Response::new(wire::ConfigureTenantResponse {}))
     }
 
@@ -153,7 +165,8 @@ impl PoolAgent for Service {
         let spec = SandboxSpec::try_from(spec).map_err(|e| e.within("spec"))?;
         own(&caller, &spec.tenant)?;
         let key = spec.key.clone();
-        let outcome = match self.host.start(spec).await {
+        let host = self.host.clone();
+        let outcome = match whole(async move { host.start(spec).await }).await? {
             Ok(()) => Outcome::Accepted(wire::Accepted {}),
             Err(StartError::Refused(refusal)) => {
                 tracing::info!(
@@ -190,7 +203,8 @@ impl PoolAgent for Service {
             }
             volumes.push(volume);
         }
-        self.host.update(&caller, &key, volumes).await?;
+        let host = self.host.clone();
+        whole(async move { host.update(&caller, &key, volumes).await }).await??;
         Ok(Response::new(wire::UpdateSandboxResponse {}))
     }
 
@@ -203,7 +217,8 @@ impl PoolAgent for Service {
         let message = request.into_inner();
         let key = SandboxKey::from_wire(message.key)?;
         let grace = Duration::from_secs(message.grace_seconds).min(LONGEST_GRACE);
-        self.host.stop(&caller, &key, grace).await?;
+        let host = self.host.clone();
+        whole(async move { host.stop(&caller, &key, grace).await }).await??;
         Ok(Response::new(wire::StopSandboxResponse {}))
     }
 
@@ -214,7 +229,8 @@ impl PoolAgent for Service {
         let caller = caller(&request)?;
         let _call = self.calls.begin(&caller, Kind::Call)?;
         let key = SandboxKey::from_wire(request.into_inner().key)?;
-        self.host.forget(&caller, &key).await?;
+        let host = self.host.clone();
+        whole(async move { host.forget(&caller, &key).await }).await??;
         Ok(Response::new(wire::ForgetSandboxResponse {}))
     }
 

@@ -15,6 +15,7 @@ mod containerd {
     mod seen;
     pub(crate) mod suite;
 
+    pub(crate) mod calls;
     pub(crate) mod containers;
     pub(crate) mod faults;
     pub(crate) mod images;
@@ -31,6 +32,7 @@ use containerd::suite;
 fn main() -> ExitCode {
     let modules = [
         containerd::images::tests(),
+        containerd::calls::tests(),
         containerd::containers::tests(),
         containerd::volumes::tests(),
         containerd::probes::tests(),

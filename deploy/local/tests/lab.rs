@@ -148,7 +148,9 @@ async fn a_lab_mends_what_was_killed_keeps_apart_from_another_and_leaves_nothing
         Duration::from_secs(60),
         async || {
             let now = relay.process(first_lab.layout());
-            now.filter(|now| *now != ended).map(drop).ok_or("it is not")
+            now.filter(|now| *now != ended)
+                .map(drop)
+                .ok_or_else(|| "it is not".to_owned())
         },
     )
     .await?;

@@ -32,6 +32,17 @@ fn with_capacity(capacity: Resources) -> Admission {
     admission
 }
 
+fn demo() -> TenantId {
+    "demo".parse().unwrap()
+}
+
+fn sandbox_key(pod: &str, attempt: u32) -> SandboxKey {
+    SandboxKey {
+        pod: pod.parse().unwrap(),
+        attempt: Attempt::parse("", attempt).unwrap(),
+    }
+}
+
 fn open() -> Admission {
     with_capacity(capacity())
 }
@@ -94,7 +105,7 @@ fn an_attempt_that_is_older_or_has_ended_is_refused() {
         reason(admission.admit(&sandbox("a", 1, 100))),
         RefusalReason::OlderAttempt
     );
-    admission.end(&sandbox("a", 2, 100).key);
+    admission.end(&demo(), &sandbox("a", 2, 100).key);
     assert_eq!(
         reason(admission.admit(&sandbox("a", 2, 100))),
         RefusalReason::EndedAttempt
@@ -117,7 +128,7 @@ fn a_newer_attempt_supersedes_and_the_larger_claim_counts() {
         (admission.free().cpu_millis, admission.free().sandboxes),
         (400, 3)
     );
-    admission.end(&old.key);
+    admission.end(&demo(), &old.key);
     assert_eq!(admission.free().cpu_millis, 500);
 }
 
@@ -228,18 +239,46 @@ fn the_newest_fences_are_kept_and_one_that_is_raised_again_is_new() {
         attempt: Attempt::parse("", attempt).unwrap(),
     };
     let mut fences = Fences::default();
+    let demo = demo();
     for pod in 0..FENCES {
-        fences.raise(&key(pod, 3));
+        fences.raise(&demo, &key(pod, 3));
     }
     // An older attempt lowers nothing.
-    fences.raise(&key(0, 2));
-    fences.raise(&key(FENCES, 1));
-    let of = |pod| fences.of(&key(pod, 1).pod).map(Attempt::get);
+    fences.raise(&demo, &key(0, 2));
+    fences.raise(&demo, &key(FENCES, 1));
+    let of = |pod| fences.of(&demo, &key(pod, 1).pod).map(Attempt::get);
     assert_eq!(
         [of(0), of(1), of(2), of(FENCES)],
         [Some(3), None, Some(3), Some(1)]
     );
-    assert!(fences.by_pod.len() <= FENCES && fences.raised.len() <= FENCES);
+    let own = &fences.tenants[&demo];
+    assert!(own.by_pod.len() <= FENCES && own.raised.len() <= FENCES);
+}
+
+#[test]
+fn a_tenant_fences_no_pod_of_another_and_pushes_out_no_fence_of_anothers() {
+    let other: TenantId = "other".parse().unwrap();
+    let mut admission = open();
+    let ended = sandbox("a", 1, 100);
+    admission.admit(&ended).unwrap();
+    admission.end(&demo(), &ended.key);
+    admission.fence(&other, &sandbox("b", 7, 100).key);
+    assert!(admission.admit(&sandbox("b", 1, 100)).is_ok());
+    // As many as they like, by as many tenants as there may be.
+    let mut fences = std::mem::take(&mut admission.fences);
+    for tenant in 0..2 * ALL_FENCES / FENCES {
+        let tenant: TenantId = format!("t{tenant}").parse().unwrap();
+        for pod in 0..FENCES {
+            fences.raise(&tenant, &sandbox_key(&format!("p{pod}"), 1));
+        }
+    }
+    assert_eq!(fences.raised, ALL_FENCES);
+    assert_eq!(
+        fences.tenants.values().map(|t| t.raised.len()).sum::<usize>(),
+        ALL_FENCES
+    );
+    admission.fences = fences;
+    assert_eq!(reason(admission.admit(&ended)), RefusalReason::EndedAttempt);
 }
 
 #[derive(Debug, Clone)]
@@ -280,7 +319,7 @@ proptest! {
                     }
                 }
                 Turn::End(pod, attempt) => {
-                    admission.end(&sandbox(&format!("p{pod}"), attempt, 0).key);
+                    admission.end(&demo(), &sandbox(&format!("p{pod}"), attempt, 0).key);
                     live.remove(&(pod, attempt));
                     let fence = fenced.entry(pod).or_default();
                     *fence = (*fence).max(attempt);

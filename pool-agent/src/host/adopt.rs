@@ -102,8 +102,8 @@ impl Host {
         if let Some(last) = contents.last_address {
             admission.resume_addresses_after(last);
         }
-        for key in &contents.ended {
-            admission.fence(key);
+        for (tenant, key) in &contents.ended {
+            admission.fence(tenant, key);
         }
         let host = Self {
             inner: Arc::new(Inner {

@@ -39,12 +39,16 @@ async fn what_was_committed_is_there_after_a_restart() {
         .commit(vec![Record::Stopping(b.key.clone(), by)])
         .await
         .unwrap();
-    ledger.commit(vec![Record::Ended(a.key.clone())]).await.unwrap();
+    let ended = (a.tenant.clone(), a.key.clone());
+    ledger
+        .commit(vec![Record::Ended(ended.0.clone(), ended.1.clone())])
+        .await
+        .unwrap();
     drop(ledger);
     for generation in [2, 3] {
         let (_, contents) = Ledger::open(&path).unwrap();
         assert_eq!(contents.generation, generation);
-        assert_eq!(contents.ended, std::slice::from_ref(&a.key));
+        assert_eq!(contents.ended, std::slice::from_ref(&ended));
         assert_eq!(contents.last_address, Some(b.address));
         let known = Entry {
             stop_by: Some(by),
