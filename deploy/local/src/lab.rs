@@ -295,7 +295,9 @@ impl Lab {
             component.start(&self.layout, START).await?;
         }
         self.cluster.wait_ready(START).await?;
-        self.cluster.wait_node(&self.layout.node_name(), START).await?;
+        if Component::find(&self.layout, node::COMPONENT).is_ok() {
+            self.cluster.wait_node(&self.layout.node_name(), START).await?;
+        }
         Ok(Some(
             missing.into_iter().map(|component| component.name).collect(),
         ))
