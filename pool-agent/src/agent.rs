@@ -161,6 +161,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         contents,
         network,
         Admission::new(config.capacity, config.pod_range),
+        config.policy.privilege.clone(),
     )
     .await
     .map_err(AgentError::Adopt)?;

@@ -141,6 +141,21 @@ pub enum ImageUser {
     Name(String),
 }
 
+/// What a runtime says that it can do. What it does not say it cannot.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Features {
+    /// Empty if it does not say (containerd 1.x). The default one is called "".
+    pub handlers: Vec<Handler>,
+    pub supplemental_groups_policy: bool,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Handler {
+    pub name: String,
+    /// With idmapped mounts.
+    pub user_namespaces: bool,
+}
+
 pub struct ExecOutput {
     pub exit_code: i32,
     pub output: Vec<u8>,
@@ -176,11 +191,18 @@ impl Runtime {
         Ok(format!("{}://{}", answer.runtime_name, answer.runtime_version))
     }
 
-    /// The runtime handlers it has; empty if it does not say (containerd 1.x).
-    pub async fn handlers(&self) -> Result<Vec<String>, CriError> {
+    /// What it can do.
+    pub async fn features(&self) -> Result<Features, CriError> {
         let mut client = self.runtime.clone();
         let answer = within("Status", QUICK, client.status(wire::StatusRequest::default())).await?;
-        Ok(answer.runtime_handlers.into_iter().map(|h| h.name).collect())
+        let handler = |h: wire::RuntimeHandler| Handler {
+            user_namespaces: h.features.is_some_and(|f| f.user_namespaces),
+            name: h.name,
+        };
+        Ok(Features {
+            handlers: answer.runtime_handlers.into_iter().map(handler).collect(),
+            supplemental_groups_policy: answer.features.is_some_and(|f| f.supplemental_groups_policy),
+        })
     }
 
     // ---- sandboxes

@@ -11,6 +11,7 @@
 //!   names is removed, if it is ours;
 //! - a newer attempt's driver begins when the older attempt's has ended.
 
+mod abilities;
 mod adopt;
 
 use std::{
@@ -29,6 +30,8 @@ use pool_agent_api::{
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::Instrument;
 
+use abilities::HostAbilities;
+
 use crate::{
     admission::{Admission, Answer, TenantRefusal, slim},
     board::Board,
@@ -36,6 +39,7 @@ use crate::{
     cri::events::{Believers, Sign},
     ledger::{Entry, Ledger, LedgerError, Record},
     network::{Network, NetworkError, Router},
+    policy::privilege::Privilege,
     sandbox::{
         Lifecycle,
         clock::after,
@@ -95,8 +99,8 @@ struct Inner {
     board: Board,
     ledger: Ledger,
     network: Network,
-    /// The runtime handlers there are; empty if the runtime does not say.
-    handlers: Vec<String>,
+    abilities: HostAbilities,
+    privilege: Privilege,
     state: Mutex<State>,
     /// Held while a tenant is configured, so that this happens once at a time.
     configuring: tokio::sync::Mutex<()>,
@@ -252,17 +256,7 @@ impl Host {
     /// Admits and starts a sandbox. Answers a repetition as it answered before.
     pub async fn start(&self, spec: SandboxSpec) -> Result<(), StartError> {
         let key = spec.key.clone();
-        if let Some(handler) = &spec.runtime_handler
-            && !self.inner.handlers.is_empty()
-            && !self.inner.handlers.contains(handler)
-        {
-            return Err(Refusal {
-                reason: RefusalReason::Unsupported,
-                message: format!("this host has no runtime handler {handler:?}"),
-                free: self.free(),
-            }
-            .into());
-        }
+        let permitted = self.check_privilege(&spec);
         let slimmed = Arc::new(slim(spec.clone()));
         let accepted_at = self.inner.shop.clock.now();
         let Newcomer {
@@ -270,7 +264,7 @@ impl Host {
             older,
             ends,
             tenant,
-        } = match self.admit(&slimmed)? {
+        } = match self.admit(&slimmed, permitted)? {
             Ok(newcomer) => newcomer,
             Err(durable) => return repeated(durable).await,
         };
@@ -326,9 +320,44 @@ impl Host {
         Ok(())
     }
 
+    /// Before anything of a pod is kept or made: whether it may be what it asks to be.
+    fn check_privilege(&self, spec: &SandboxSpec) -> Result<(), Refusal> {
+        let handler = spec.runtime_handler.as_deref();
+        let refuse = |reason, message| Refusal {
+            reason,
+            message,
+            free: self.free(),
+        };
+        if let Some(handler) = handler
+            && !self.inner.abilities.has(handler)
+        {
+            return Err(refuse(
+                RefusalReason::Unsupported,
+                format!("this host has no runtime handler {handler:?}"),
+            ));
+        }
+        let abilities = self.inner.abilities.of(handler);
+        let checked = self.inner.privilege.check(spec, abilities);
+        checked.map(drop).map_err(|denied| {
+            tracing::info!(
+                pod.uid = %spec.key.pod, attempt = %spec.key.attempt, tenant = %spec.tenant,
+                field = denied.field, "a pod asks for what it may not be"
+            );
+            refuse(denied.reason, denied.to_string())
+        })
+    }
+
     /// Admission's answer; a repetition (Err) waits for what comes of the first.
-    fn admit(&self, spec: &Arc<SandboxSpec>) -> Result<Result<Newcomer, Option<Durable>>, Refusal> {
+    fn admit(
+        &self,
+        spec: &Arc<SandboxSpec>,
+        permitted: Result<(), Refusal>,
+    ) -> Result<Result<Newcomer, Option<Durable>>, Refusal> {
         let mut state = self.state();
+        // What is here stays as it was admitted, also under a policy that has changed since.
+        if !state.residents.contains_key(&spec.key) {
+            permitted?;
+        }
         match state.admission.admit(spec)? {
             Answer::Repeated => Ok(Err(state.residents.get(&spec.key).map(|r| r.durable.clone()))),
             Answer::Admitted { address, supersedes } => {

@@ -126,6 +126,19 @@ struct AgentConfig {
     uplink: String,
     pod_range: String,
     tls: PoolTls,
+    policy: toml::Table,
+}
+
+/// What a pool's operator allows beyond what is safe without a word: that pods
+/// administer their own network, which the tests try and redirection withstands.
+fn policy() -> toml::Table {
+    toml::toml! {
+        [privilege]
+        capabilities = [
+            "AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD", "NET_ADMIN",
+            "NET_BIND_SERVICE", "NET_RAW", "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT"
+        ]
+    }
 }
 
 /// Prepares the host for its agent and tells what to run.
@@ -150,6 +163,7 @@ pub fn agent(
         uplink: UPLINK.into(),
         pod_range: host.pod_range.clone(),
         tls: pki.host(host)?,
+        policy: policy(),
     };
     for directory in [&config.state_dir, &config.run_dir, &config.bpffs] {
         std::fs::create_dir_all(directory).map_err(|source| PoolError::File {

@@ -23,6 +23,9 @@ pub enum RefusalReason {
     NoClaim,
     /// The spec asks for more than its claim in the cell.
     ExceedsClaim,
+    /// The host's operator does not allow what the spec asks for. The pool has one
+    /// operator: no other host is asked.
+    Forbidden,
     /// A reason of a newer agent.
     Unknown,
 }
@@ -63,6 +66,7 @@ impl From<wire::Refused> for Refusal {
             W::Unsupported => RefusalReason::Unsupported,
             W::NoClaim => RefusalReason::NoClaim,
             W::ExceedsClaim => RefusalReason::ExceedsClaim,
+            W::Forbidden => RefusalReason::Forbidden,
             W::Unspecified => RefusalReason::Unknown,
         };
         Self {
@@ -86,6 +90,7 @@ impl From<Refusal> for wire::Refused {
             RefusalReason::Unsupported => W::Unsupported,
             RefusalReason::NoClaim => W::NoClaim,
             RefusalReason::ExceedsClaim => W::ExceedsClaim,
+            RefusalReason::Forbidden => W::Forbidden,
             RefusalReason::Unknown => W::Unspecified,
         };
         Self {

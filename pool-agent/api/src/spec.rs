@@ -14,8 +14,8 @@ mod volume;
 use std::{collections::BTreeMap, collections::HashSet, ops::Deref, time::Duration};
 
 pub use container::{
-    Container, ContainerResources, ContainerSecurity, EnvVar, Mount, PullPolicy, SeccompProfile,
-    TerminationMessage,
+    AppArmorProfile, Container, ContainerResources, ContainerSecurity, EnvVar, Mount, PullPolicy,
+    SeLinuxOptions, SeccompProfile, TerminationMessage,
 };
 pub use network::{HostAlias, PodNetwork, PortMapping, Protocol};
 pub use probe::{Action, Hook, HttpAction, HttpHeader, Probe, Thresholds};
@@ -209,7 +209,9 @@ impl TryFrom<wire::SandboxSpec> for SandboxSpec {
             network: required("network", spec.network)?
                 .try_into()
                 .map_err(|e: Invalid| e.within("network"))?,
-            security: required("security", spec.security)?.into(),
+            security: required("security", spec.security)?
+                .try_into()
+                .map_err(|e: Invalid| e.within("security"))?,
             restart_policy,
             termination_grace: Duration::from_secs(spec.termination_grace_seconds),
             claim: required("claim", spec.claim)?.into(),

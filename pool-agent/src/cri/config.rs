@@ -5,11 +5,12 @@ use std::{collections::HashMap, net::IpAddr, path::PathBuf};
 
 use pool_agent_api::{
     HostName, SandboxSpec,
-    spec::{Container, ContainerResources, SeccompProfile},
+    spec::{AppArmorProfile, Container, ContainerResources, SeccompProfile},
 };
 
 use super::{
-    LABEL_ATTEMPT, LABEL_CONTAINER, LABEL_HOST, LABEL_POD_NAME, LABEL_POD_NAMESPACE, LABEL_POD_UID, wire,
+    LABEL_ATTEMPT, LABEL_CONTAINER, LABEL_HOST, LABEL_POD_NAME, LABEL_POD_NAMESPACE, LABEL_POD_UID,
+    wire::{self, security_profile::ProfileType},
 };
 use crate::layout::SandboxDirs;
 
@@ -143,11 +144,9 @@ pub fn sandbox(
                 run_as_group: Some(wire::Int64Value { value: 65535 }),
                 readonly_rootfs: true,
                 supplemental_groups: groups(spec),
+                supplemental_groups_policy: groups_policy(spec).into(),
                 privileged: false,
-                seccomp: Some(wire::SecurityProfile {
-                    profile_type: wire::security_profile::ProfileType::RuntimeDefault.into(),
-                    localhost_ref: String::new(),
-                }),
+                seccomp: Some(profile(ProfileType::RuntimeDefault)),
             }),
             sysctls: spec.security.sysctls.clone().into_iter().collect(),
             overhead: None,
@@ -219,6 +218,8 @@ pub fn container(
                 host_path: m.host_path.display().to_string(),
                 readonly: m.read_only,
                 propagation: wire::MountPropagation::PropagationPrivate.into(),
+                uid_mappings: vec![],
+                gid_mappings: vec![],
             })
             .collect(),
         labels,
@@ -245,16 +246,28 @@ pub fn container(
                 run_as_username: String::new(),
                 readonly_rootfs: security.read_only_root_filesystem,
                 supplemental_groups: groups(spec),
+                supplemental_groups_policy: groups_policy(spec).into(),
                 no_new_privs: security.no_new_privileges,
                 masked_paths: MASKED_PATHS.map(Into::into).to_vec(),
                 readonly_paths: READONLY_PATHS.map(Into::into).to_vec(),
-                seccomp: Some(wire::SecurityProfile {
-                    profile_type: match security.seccomp {
-                        SeccompProfile::RuntimeDefault => wire::security_profile::ProfileType::RuntimeDefault,
-                        SeccompProfile::Unconfined => wire::security_profile::ProfileType::Unconfined,
-                    }
-                    .into(),
-                    localhost_ref: String::new(),
+                seccomp: Some(profile(match security.seccomp {
+                    SeccompProfile::RuntimeDefault => ProfileType::RuntimeDefault,
+                    SeccompProfile::Unconfined => ProfileType::Unconfined,
+                })),
+                // Nothing asked is the runtime's default where the host has AppArmor.
+                apparmor: security.app_armor.as_ref().map(|asked| match asked {
+                    AppArmorProfile::RuntimeDefault => profile(ProfileType::RuntimeDefault),
+                    AppArmorProfile::Unconfined => profile(ProfileType::Unconfined),
+                    AppArmorProfile::Localhost(name) => wire::SecurityProfile {
+                        localhost_ref: name.clone(),
+                        ..profile(ProfileType::Localhost)
+                    },
+                }),
+                selinux_options: security.se_linux.clone().map(|asked| wire::SeLinuxOption {
+                    user: asked.user,
+                    role: asked.role,
+                    r#type: asked.kind,
+                    level: asked.level,
                 }),
             }),
         }),
@@ -311,6 +324,21 @@ fn namespaces(spec: &SandboxSpec) -> wire::NamespaceOption {
         }
         .into(),
         ipc: wire::NamespaceMode::Pod.into(),
+        userns_options: None,
+    }
+}
+
+fn profile(kind: ProfileType) -> wire::SecurityProfile {
+    wire::SecurityProfile {
+        profile_type: kind.into(),
+        localhost_ref: String::new(),
+    }
+}
+
+fn groups_policy(spec: &SandboxSpec) -> wire::SupplementalGroupsPolicy {
+    match spec.security.strict_supplemental_groups {
+        true => wire::SupplementalGroupsPolicy::Strict,
+        false => wire::SupplementalGroupsPolicy::Merge,
     }
 }
 

@@ -25,7 +25,7 @@ use prost::Message;
 use tokio::sync::watch;
 use tracing::Instrument;
 
-use super::{Ends, Host, Inner, Resident, State, resident};
+use super::{Ends, Host, Inner, Resident, State, abilities::HostAbilities, resident};
 use crate::{
     admission::{Admission, slim},
     board::Board,
@@ -35,6 +35,7 @@ use crate::{
     layout::{Layout, SandboxDirs},
     ledger::{Contents, Entry, Ledger},
     network::Network,
+    policy::privilege::Privilege,
     sandbox::{
         Lifecycle,
         driver::{Command, Progress},
@@ -89,8 +90,9 @@ impl Host {
         contents: Contents,
         network: Network,
         mut admission: Admission,
+        privilege: Privilege,
     ) -> Result<Self, CriError> {
-        let handlers = shop.runtime.handlers().await?;
+        let abilities = HostAbilities::detect(shop.runtime.features().await?);
         let mut there = everything(&shop).await?;
         let mut unopened: HashMap<TenantId, String> = HashMap::new();
         for entry in contents.admitted.values() {
@@ -111,7 +113,8 @@ impl Host {
                 board,
                 ledger,
                 network,
-                handlers,
+                abilities,
+                privilege,
                 state: Mutex::new(State {
                     admission,
                     tenants: HashMap::new(),

@@ -318,6 +318,18 @@ async fn a_spec_that_a_host_calls_invalid_fails_the_pod() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_a_hosts_operator_forbids_fails_the_pod_and_no_other_host_is_asked() {
+    let world = World::started().await;
+    for host in [&world.a, &world.b] {
+        host.on_start(Start::Refuse(RefusalReason::Forbidden));
+    }
+    world.create("u-1", json!({}));
+    world.until("it failed", |w| w.phase() == "Failed").await;
+    assert_eq!(world.pod()["status"]["reason"], "PodForbidden");
+    assert_eq!(world.asked().len(), 1, "{:?}", world.asked());
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_start_without_an_answer_is_asked_of_the_same_host_again() {
     for start in [Start::Fail(tonic::Code::Unavailable), Start::Wait] {
         let world = World::started().await;

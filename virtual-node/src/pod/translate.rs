@@ -3,7 +3,8 @@
 //!
 //! Pure; called by the pod's driver. A pod that asks for what cannot be given
 //! is refused by the name of the field, never run without it: whoever wrote
-//! `hostUsers: false` or `privileged: true` must not get something else.
+//! `privileged: true` must not get something else. What a pool's operator may allow
+//! is for the host to refuse, which knows its policy.
 //!
 //! Beside the fields below, what Kubernetes' own API server has defaulted or
 //! refused is relied on, but checked again by [`SandboxSpec`]'s parser.
@@ -210,11 +211,6 @@ fn refuse_unsupported(spec: &PodSpec) -> Result<(), Untranslatable> {
             on(spec.host_ipc),
             "spec.hostIPC",
             "pods have no access to the memory of a host",
-        ),
-        (
-            spec.host_users == Some(false),
-            "spec.hostUsers",
-            "user namespaces are not supported",
         ),
         (
             spec.resource_claims.as_ref().is_some_and(|c| !c.is_empty()),

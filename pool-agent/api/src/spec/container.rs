@@ -39,13 +39,31 @@ pub struct Mount {
     pub sub_path: Option<Text>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub enum SeccompProfile {
+    #[default]
     RuntimeDefault,
     Unconfined,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum AppArmorProfile {
+    RuntimeDefault,
+    Unconfined,
+    /// One that is loaded on the host, by its name.
+    Localhost(String),
+}
+
+/// Empty: not said.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
+pub struct SeLinuxOptions {
+    pub user: String,
+    pub role: String,
+    pub kind: String,
+    pub level: String,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ContainerSecurity {
     pub run_as_user: Option<i64>,
     pub run_as_group: Option<i64>,
@@ -58,6 +76,10 @@ pub struct ContainerSecurity {
     /// Without the `CAP_` prefix; `ALL` is allowed.
     pub drop_capabilities: Vec<String>,
     pub seccomp: SeccompProfile,
+    /// None: the runtime's default where the host has AppArmor, and nothing elsewhere.
+    pub app_armor: Option<AppArmorProfile>,
+    /// None: as the runtime labels it.
+    pub se_linux: Option<SeLinuxOptions>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -137,6 +159,44 @@ fn capability(name: String) -> Result<String, Invalid> {
     Ok(name)
 }
 
+fn app_armor(profile: wire::AppArmorProfile, localhost: String) -> Result<Option<AppArmorProfile>, Invalid> {
+    use wire::AppArmorProfile as W;
+    if (profile == W::Localhost) == localhost.is_empty() {
+        return Err(Invalid::new(
+            "app_armor_localhost",
+            "is the name of the profile if app_armor is LOCALHOST, and empty otherwise",
+        ));
+    }
+    Ok(match profile {
+        W::Unspecified => None,
+        W::RuntimeDefault => Some(AppArmorProfile::RuntimeDefault),
+        W::Unconfined => Some(AppArmorProfile::Unconfined),
+        W::Localhost => Some(AppArmorProfile::Localhost(localhost)),
+    })
+}
+
+impl From<wire::SeLinuxOptions> for SeLinuxOptions {
+    fn from(o: wire::SeLinuxOptions) -> Self {
+        Self {
+            user: o.user,
+            role: o.role,
+            kind: o.r#type,
+            level: o.level,
+        }
+    }
+}
+
+impl From<SeLinuxOptions> for wire::SeLinuxOptions {
+    fn from(o: SeLinuxOptions) -> Self {
+        Self {
+            user: o.user,
+            role: o.role,
+            r#type: o.kind,
+            level: o.level,
+        }
+    }
+}
+
 impl Mount {
     fn parse(m: wire::Mount) -> Result<Self, Invalid> {
         absolute("mount_path", &m.mount_path)?;
@@ -177,6 +237,15 @@ impl TryFrom<wire::Container> for Container {
             wire::SeccompProfile::Unconfined => SeccompProfile::Unconfined,
             wire::SeccompProfile::Unspecified => return Err(Invalid::missing("security.seccomp")),
         };
+        // A number that is unknown here would be read as nothing asked for.
+        let armor = wire::AppArmorProfile::try_from(security.app_armor).map_err(|_| {
+            Invalid::new(
+                "security.app_armor",
+                format_args!("{} is no profile", security.app_armor),
+            )
+        })?;
+        let armor =
+            app_armor(armor, security.app_armor_localhost.clone()).map_err(|e| e.within("security"))?;
         if !c.working_dir.is_empty() {
             absolute("working_dir", &c.working_dir)?;
         }
@@ -226,6 +295,8 @@ impl TryFrom<wire::Container> for Container {
                     capability,
                 )?,
                 seccomp,
+                app_armor: armor,
+                se_linux: security.se_linux.map(Into::into),
             },
             resources: ContainerResources {
                 cpu_request_millis: resources.cpu_request_millis,
@@ -253,6 +324,12 @@ impl TryFrom<wire::Container> for Container {
 
 impl From<Container> for wire::Container {
     fn from(c: Container) -> Self {
+        let (armor, armor_localhost) = match c.security.app_armor {
+            None => (wire::AppArmorProfile::Unspecified, String::new()),
+            Some(AppArmorProfile::RuntimeDefault) => (wire::AppArmorProfile::RuntimeDefault, String::new()),
+            Some(AppArmorProfile::Unconfined) => (wire::AppArmorProfile::Unconfined, String::new()),
+            Some(AppArmorProfile::Localhost(name)) => (wire::AppArmorProfile::Localhost, name),
+        };
         let texts = |texts: Vec<Text>| texts.into_iter().map(Into::into).collect();
         Self {
             name: c.name.into(),
@@ -297,6 +374,9 @@ impl From<Container> for wire::Container {
                     SeccompProfile::Unconfined => wire::SeccompProfile::Unconfined,
                 }
                 .into(),
+                app_armor: armor.into(),
+                app_armor_localhost: armor_localhost,
+                se_linux: c.security.se_linux.map(Into::into),
             }),
             resources: Some(wire::ContainerResources {
                 cpu_request_millis: c.resources.cpu_request_millis,

@@ -34,6 +34,11 @@ fn container(name: &str) -> Container {
             add_capabilities: vec!["NET_ADMIN".into()],
             drop_capabilities: vec!["ALL".into()],
             seccomp: SeccompProfile::RuntimeDefault,
+            app_armor: Some(AppArmorProfile::Localhost("strict".into())),
+            se_linux: Some(SeLinuxOptions {
+                level: "s0:c1,c2".into(),
+                ..Default::default()
+            }),
         },
         resources: ContainerResources {
             cpu_limit_millis: Some(100),

@@ -6,7 +6,7 @@ use pool_agent_api::{
     Attempt, Resources, SandboxKey, SandboxSpec,
     spec::{
         Container, ContainerResources, ContainerSecurity, MeshMode, PodNetwork, PodSecurity, PullPolicy,
-        RestartPolicy, SandboxParts, SeccompProfile, TerminationMessage,
+        RestartPolicy, SandboxParts, TerminationMessage,
     },
 };
 
@@ -60,16 +60,7 @@ pub(crate) fn container(name: &str) -> Container {
         working_dir: None,
         env: vec![],
         mounts: vec![],
-        security: ContainerSecurity {
-            run_as_user: None,
-            run_as_group: None,
-            run_as_non_root: false,
-            read_only_root_filesystem: false,
-            no_new_privileges: false,
-            add_capabilities: vec![],
-            drop_capabilities: vec![],
-            seccomp: SeccompProfile::RuntimeDefault,
-        },
+        security: ContainerSecurity::default(),
         resources: ContainerResources::default(),
         startup_probe: None,
         liveness_probe: None,

@@ -7,7 +7,7 @@ use futures::FutureExt;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
 use kube::ResourceExt;
-use pool_agent_api::{Attempt, HostName, Namespace, PodName, spec::MeshMode, status::Severity};
+use pool_agent_api::{Attempt, HostName, Namespace, PodName, Refusal, spec::MeshMode, status::Severity};
 use tokio::sync::watch;
 use tracing::debug;
 
@@ -270,6 +270,14 @@ pub(super) fn unsupported(why: &Untranslatable) -> Verdict {
     Verdict {
         reason: "PodFeatureUnsupported".into(),
         message: format!("Pod was rejected: {why}"),
+    }
+}
+
+/// What a host's operator does not allow.
+pub(super) fn forbidden(refusal: &Refusal) -> Verdict {
+    Verdict {
+        reason: "PodForbidden".into(),
+        message: format!("Pod was rejected: {refusal}"),
     }
 }
 

@@ -30,7 +30,7 @@ use super::{
     Done, Driver, Tools, api,
     object::{is_gone, newer},
     retries::Retries,
-    room::{Told, unsupported},
+    room::{Told, forbidden, unsupported},
     sleep,
     telling::Writing,
 };
@@ -308,6 +308,11 @@ impl Driver {
                     self.upkeep.host_has(&spec.volumes);
                 }
                 self.step(Event::Accepted);
+            }
+            // The pool's operator does not allow it, on this host or another.
+            Ok(Err(refusal)) if refusal.reason == RefusalReason::Forbidden => {
+                self.conclude(forbidden(&refusal));
+                self.step(Event::Refused(refusal.reason));
             }
             Ok(Err(refusal)) => {
                 info!(reason = ?refusal.reason, detail = refusal.message, "the host refused the pod");

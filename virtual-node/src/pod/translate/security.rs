@@ -1,67 +1,70 @@
-//! Who a pod's processes are and what they may do. Anything that would widen
-//! their rights over the host is refused; anything that would narrow them and
-//! cannot be done is refused too.
+//! Who a pod's processes are and what they may do. What no host gives is refused
+//! here; what a host's operator may allow goes to the host, which decides. Nothing
+//! is left out.
 
-use k8s_openapi::api::core::v1::{Container, PodSecurityContext, PodSpec, SeccompProfile as PodSeccomp};
-use pool_agent_api::spec::{ContainerSecurity, PodSecurity, SeccompProfile};
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::{
+    AppArmorProfile as PodAppArmor, Container, PodSecurityContext, PodSpec, SeccompProfile as PodSeccomp,
+};
+use pool_agent_api::spec::{AppArmorProfile, ContainerSecurity, PodSecurity, SeLinuxOptions, SeccompProfile};
 
 use super::Untranslatable;
 
 pub(super) fn pod_security(spec: &PodSpec) -> Result<PodSecurity, Untranslatable> {
     let Some(context) = &spec.security_context else {
-        return Ok(PodSecurity::default());
+        return Ok(PodSecurity {
+            host_users: spec.host_users,
+            ..Default::default()
+        });
     };
     let at = "spec.securityContext";
-    if context.supplemental_groups_policy.as_deref() == Some("Strict") {
-        return Err(Untranslatable::unsupported(
-            format!("{at}.supplementalGroupsPolicy"),
-            "Strict is not supported",
-        ));
-    }
     if context.windows_options.is_some() {
         return Err(Untranslatable::unsupported(
             format!("{at}.windowsOptions"),
             "hosts of the pool run linux",
         ));
     }
+    let strict_supplemental_groups = match context.supplemental_groups_policy.as_deref() {
+        None | Some("" | "Merge") => false,
+        Some("Strict") => true,
+        Some(other) => {
+            return Err(Untranslatable::unsupported(
+                format!("{at}.supplementalGroupsPolicy"),
+                format_args!("{other:?} is not Merge or Strict"),
+            ));
+        }
+    };
     Ok(PodSecurity {
         fs_group: context.fs_group,
         fs_group_on_root_mismatch_only: context.fs_group_change_policy.as_deref() == Some("OnRootMismatch"),
         supplemental_groups: context.supplemental_groups.clone().unwrap_or_default(),
-        sysctls: context
-            .sysctls
-            .iter()
-            .flatten()
-            .enumerate()
-            .map(|(i, s)| {
-                if SAFE_SYSCTLS.contains(&s.name.as_str()) {
-                    Ok((s.name.clone(), s.value.clone()))
-                } else {
-                    Err(Untranslatable::unsupported(
-                        format!("{at}.sysctls[{i}].name"),
-                        format_args!("{:?} is not among the sysctls that are safe for a pod", s.name),
-                    ))
-                }
-            })
-            .collect::<Result<_, _>>()?,
+        strict_supplemental_groups,
+        sysctls: sysctls(context, at)?,
+        host_users: spec.host_users,
     })
 }
 
-/// Kubernetes' safe set: namespaced, and without effect on other pods.
-const SAFE_SYSCTLS: [&str; 12] = [
-    "kernel.shm_rmid_forced",
-    "net.ipv4.ip_local_port_range",
-    "net.ipv4.ip_local_reserved_ports",
-    "net.ipv4.ip_unprivileged_port_start",
-    "net.ipv4.ping_group_range",
-    "net.ipv4.tcp_fin_timeout",
-    "net.ipv4.tcp_keepalive_intvl",
-    "net.ipv4.tcp_keepalive_probes",
-    "net.ipv4.tcp_keepalive_time",
-    "net.ipv4.tcp_rmem",
-    "net.ipv4.tcp_syncookies",
-    "net.ipv4.tcp_wmem",
-];
+/// Those that the kernel keeps apart for each pod; which of them are allowed is for
+/// the host to say.
+fn sysctls(context: &PodSecurityContext, at: &str) -> Result<BTreeMap<String, String>, Untranslatable> {
+    const NAMESPACED: [&str; 5] = ["net.", "kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue."];
+    let sysctls = context.sysctls.iter().flatten().enumerate();
+    sysctls
+        .map(|(i, s)| {
+            // Kubernetes takes slashes for dots.
+            let name = s.name.replace('/', ".");
+            if NAMESPACED.iter().any(|known| name.starts_with(known)) {
+                Ok((name, s.value.clone()))
+            } else {
+                Err(Untranslatable::unsupported(
+                    format!("{at}.sysctls[{i}].name"),
+                    format_args!("{:?} is of the host, which other pods share", s.name),
+                ))
+            }
+        })
+        .collect()
+}
 
 /// The user that a container runs as, if the pod says so.
 pub(super) fn run_as_user(spec: &PodSpec, container: &Container) -> Option<i64> {
@@ -101,12 +104,14 @@ pub(super) fn container_security(
         ));
     }
     let armor = own.app_armor_profile.as_ref().or(pod.app_armor_profile.as_ref());
-    if armor.is_some_and(|a| a.type_ == "Localhost") {
-        return Err(Untranslatable::unsupported(
-            format!("{at}.appArmorProfile"),
-            "profiles of the host are not supported",
-        ));
-    }
+    let app_armor = armor.map(|profile| app_armor(profile, &at)).transpose()?;
+    let labels = own.se_linux_options.as_ref().or(pod.se_linux_options.as_ref());
+    let se_linux = labels.map(|options| SeLinuxOptions {
+        user: options.user.clone().unwrap_or_default(),
+        role: options.role.clone().unwrap_or_default(),
+        kind: options.type_.clone().unwrap_or_default(),
+        level: options.level.clone().unwrap_or_default(),
+    });
     let seccomp = match own.seccomp_profile.as_ref().or(pod.seccomp_profile.as_ref()) {
         None => SeccompProfile::RuntimeDefault,
         Some(profile) => seccomp(profile, &at)?,
@@ -123,7 +128,8 @@ pub(super) fn container_security(
     let capabilities = own.capabilities.as_ref();
     let add = names(capabilities.and_then(|c| c.add.as_ref()));
     for (i, name) in add.iter().enumerate() {
-        if HOST_CAPABILITIES.contains(&name.as_str()) {
+        // Of a runtime class only its hosts know how far it confines.
+        if spec.runtime_class_name.is_none() && HOST_CAPABILITIES.contains(&name.as_str()) {
             return Err(Untranslatable::unsupported(
                 format!("{at}.capabilities.add[{i}]"),
                 format_args!("{name} reaches beyond the pod, into the host it shares"),
@@ -139,7 +145,21 @@ pub(super) fn container_security(
         add_capabilities: add,
         drop_capabilities: names(capabilities.and_then(|c| c.drop.as_ref())),
         seccomp,
+        app_armor,
+        se_linux,
     })
+}
+
+fn app_armor(profile: &PodAppArmor, at: &str) -> Result<AppArmorProfile, Untranslatable> {
+    match (profile.type_.as_str(), &profile.localhost_profile) {
+        ("RuntimeDefault", _) => Ok(AppArmorProfile::RuntimeDefault),
+        ("Unconfined", _) => Ok(AppArmorProfile::Unconfined),
+        ("Localhost", Some(name)) if !name.is_empty() => Ok(AppArmorProfile::Localhost(name.clone())),
+        (other, _) => Err(Untranslatable::unsupported(
+            format!("{at}.appArmorProfile"),
+            format_args!("{other:?} is not RuntimeDefault, Unconfined or a named profile"),
+        )),
+    }
 }
 
 /// Capabilities that no namespace confines: to add one is to hand over the host.

@@ -3,7 +3,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use pool_agent_api::{
     Attempt,
-    spec::{Action, File, HostField, Segment, Text, VolumeSource},
+    spec::{Action, AppArmorProfile, File, HostField, SeccompProfile, Segment, Text, VolumeSource},
 };
 use serde_json::{Value, json};
 
@@ -122,7 +122,6 @@ fn a_field_that_cannot_be_given_is_refused_by_name() {
         (with(json!({"hostNetwork": true})), "spec.hostNetwork"),
         (with(json!({"hostPID": true})), "spec.hostPID"),
         (with(json!({"hostIPC": true})), "spec.hostIPC"),
-        (with(json!({"hostUsers": false})), "spec.hostUsers"),
         (with(json!({"os": {"name": "windows"}})), "spec.os.name"),
         (
             with(json!({"resources": {"limits": {"cpu": "1"}}})),
@@ -141,7 +140,7 @@ fn a_field_that_cannot_be_given_is_refused_by_name() {
             "spec.volumes[0].emptyDir.medium",
         ),
         (
-            with(json!({"securityContext": {"sysctls": [{"name": "kernel.msgmax", "value": "1"}]}})),
+            with(json!({"securityContext": {"sysctls": [{"name": "kernel.core_pattern", "value": "1"}]}})),
             "spec.securityContext.sysctls[0].name",
         ),
         (
@@ -155,6 +154,22 @@ fn a_field_that_cannot_be_given_is_refused_by_name() {
         (
             container(json!({"securityContext": {"seccompProfile": {"type": "Localhost"}}})),
             "spec.containers[0].securityContext.seccompProfile.type",
+        ),
+        (
+            container(json!({"securityContext": {"procMount": "Unmasked"}})),
+            "spec.containers[0].securityContext.procMount",
+        ),
+        (
+            container(json!({"securityContext": {"appArmorProfile": {"type": "Custom"}}})),
+            "spec.containers[0].securityContext.appArmorProfile",
+        ),
+        (
+            container(json!({"volumeDevices": [{"name": "v", "devicePath": "/dev/sda"}]})),
+            "spec.containers[0].volumeDevices",
+        ),
+        (
+            with(json!({"securityContext": {"supplementalGroupsPolicy": "Loose"}})),
+            "spec.securityContext.supplementalGroupsPolicy",
         ),
         (
             container(json!({"ports": [{"containerPort": 80, "hostPort": 80}]})),
@@ -184,6 +199,48 @@ fn a_field_that_cannot_be_given_is_refused_by_name() {
             other => panic!("{spec}: {other:?}"),
         }
     }
+}
+
+#[test]
+fn what_a_hosts_operator_may_allow_goes_to_the_host_whole() {
+    let spec = spec(json!({
+        "hostUsers": true,
+        "securityContext": {
+            "seLinuxOptions": {"level": "s0:c1,c2"},
+            "supplementalGroupsPolicy": "Strict",
+            "sysctls": [
+                {"name": "net.core.somaxconn", "value": "1024"},
+                {"name": "kernel/shm_rmid_forced", "value": "1"},
+            ],
+        },
+        "containers": [{
+            "name": "c",
+            "securityContext": {
+                "appArmorProfile": {"type": "Localhost", "localhostProfile": "mine"},
+                "seLinuxOptions": {"type": "container_t"},
+                "seccompProfile": {"type": "Unconfined"},
+                "capabilities": {"add": ["NET_ADMIN"]},
+            },
+        }, {"name": "d"}],
+    }));
+    assert_eq!(spec.security.host_users, Some(true));
+    assert!(spec.security.strict_supplemental_groups);
+    assert_eq!(
+        spec.security.sysctls.keys().collect::<Vec<_>>(),
+        ["kernel.shm_rmid_forced", "net.core.somaxconn"]
+    );
+    let own = &spec.containers[0].security;
+    assert_eq!(own.app_armor, Some(AppArmorProfile::Localhost("mine".into())));
+    assert_eq!(own.se_linux.as_ref().unwrap().kind, "container_t");
+    assert_eq!(own.seccomp, SeccompProfile::Unconfined);
+    assert_eq!(own.add_capabilities, ["NET_ADMIN"]);
+    // What the pod says is for those who say nothing themselves.
+    let other = &spec.containers[1].security;
+    assert_eq!(other.se_linux.as_ref().unwrap().level, "s0:c1,c2");
+    assert_eq!(
+        (&other.app_armor, other.seccomp),
+        (&None, SeccompProfile::RuntimeDefault)
+    );
 }
 
 #[test]
