@@ -39,7 +39,7 @@ use crate::{
     cri::events::{Believers, Sign},
     ledger::{Entry, Ledger, LedgerError, Record},
     network::{Network, NetworkError, Router},
-    policy::privilege::Privilege,
+    policy::privilege::{Privilege, Users},
     sandbox::{
         Lifecycle,
         clock::after,
@@ -49,6 +49,7 @@ use crate::{
         perform::{Hands, Workshop},
     },
     spec_file::{self, SpecFileError},
+    user_ids::{IdRange, IdRanges},
     volumes,
 };
 
@@ -108,6 +109,7 @@ struct Inner {
 
 struct State {
     admission: Admission,
+    user_ids: IdRanges,
     tenants: HashMap<TenantId, OpenTenant>,
     residents: HashMap<SandboxKey, Resident>,
 }
@@ -154,6 +156,7 @@ struct Ends {
 /// A sandbox that admission has just taken.
 struct Newcomer {
     address: Ipv4Addr,
+    user_ids: Option<IdRange>,
     older: Option<Resident>,
     ends: Ends,
     tenant: OpenTenant,
@@ -190,6 +193,11 @@ impl Host {
 
     pub fn capacity(&self) -> Resources {
         self.state().admission.capacity()
+    }
+
+    /// Whether pods have users of their own, unless their runtime class cannot.
+    pub fn has_user_namespaces(&self) -> bool {
+        self.inner.abilities.of(None).user_namespaces
     }
 
     pub fn board(&self) -> &Board {
@@ -261,6 +269,7 @@ impl Host {
         let accepted_at = self.inner.shop.clock.now();
         let Newcomer {
             address,
+            user_ids,
             older,
             ends,
             tenant,
@@ -277,6 +286,7 @@ impl Host {
             claim: slimmed.claim,
             address,
             identity: tenant.identity_of(&slimmed),
+            user_ids,
             accepted_at,
             stop_by: None,
         };
@@ -296,6 +306,7 @@ impl Host {
         if let Err(error) = recorded {
             let mut state = self.state();
             state.admission.undo(&key);
+            state.user_ids.give_back(&key);
             state.residents.remove(&key);
             ends.durable.send_replace(Some(false));
             return Err(match error {
@@ -315,13 +326,13 @@ impl Host {
             "sandbox admitted"
         );
         let lifecycle = Lifecycle::new(slimmed.clone(), accepted_at);
-        let (hands, mesh) = self.hands(&slimmed, address, &tenant);
+        let (hands, mesh) = self.hands(&slimmed, address, user_ids, &tenant);
         self.spawn(lifecycle, &slimmed, address, &tenant, hands, mesh, ends, older);
         Ok(())
     }
 
     /// Before anything of a pod is kept or made: whether it may be what it asks to be.
-    fn check_privilege(&self, spec: &SandboxSpec) -> Result<(), Refusal> {
+    fn check_privilege(&self, spec: &SandboxSpec) -> Result<Users, Refusal> {
         let handler = spec.runtime_handler.as_deref();
         let refuse = |reason, message| Refusal {
             reason,
@@ -338,7 +349,7 @@ impl Host {
         }
         let abilities = self.inner.abilities.of(handler);
         let checked = self.inner.privilege.check(spec, abilities);
-        checked.map(drop).map_err(|denied| {
+        checked.map_err(|denied| {
             tracing::info!(
                 pod.uid = %spec.key.pod, attempt = %spec.key.attempt, tenant = %spec.tenant,
                 field = denied.field, "a pod asks for what it may not be"
@@ -351,12 +362,13 @@ impl Host {
     fn admit(
         &self,
         spec: &Arc<SandboxSpec>,
-        permitted: Result<(), Refusal>,
+        permitted: Result<Users, Refusal>,
     ) -> Result<Result<Newcomer, Option<Durable>>, Refusal> {
-        let mut state = self.state();
+        let mut guard = self.state();
+        let state = &mut *guard;
         // What is here stays as it was admitted, also under a policy that has changed since.
         if !state.residents.contains_key(&spec.key) {
-            permitted?;
+            permitted.clone()?;
         }
         match state.admission.admit(spec)? {
             Answer::Repeated => Ok(Err(state.residents.get(&spec.key).map(|r| r.durable.clone()))),
@@ -370,11 +382,23 @@ impl Host {
                         free: state.admission.free(),
                     });
                 };
+                let user_ids = match permitted.inspect_err(|_| state.admission.undo(&spec.key))? {
+                    Users::Host => None,
+                    Users::Own => Some(state.user_ids.take(&spec.key).ok_or_else(|| {
+                        state.admission.undo(&spec.key);
+                        Refusal {
+                            reason: RefusalReason::NoRoom,
+                            message: "all user ids that are for pods on this host are taken".into(),
+                            free: state.admission.free(),
+                        }
+                    })?),
+                };
                 let older = supersedes.and_then(|old| state.residents.get(&old).cloned());
                 let (resident, ends) = resident(&spec.tenant);
                 state.residents.insert(spec.key.clone(), resident);
                 Ok(Ok(Newcomer {
                     address,
+                    user_ids,
                     older,
                     ends,
                     tenant,
@@ -470,6 +494,7 @@ impl Host {
         &self,
         spec: &Arc<SandboxSpec>,
         address: Ipv4Addr,
+        user_ids: Option<IdRange>,
         tenant: &OpenTenant,
     ) -> (Arc<Hands>, watch::Receiver<MeshState>) {
         let mesh = watch::Sender::new(MeshState::Detached);
@@ -478,6 +503,7 @@ impl Host {
             self.inner.shop.clone(),
             spec.clone(),
             address,
+            user_ids,
             tenant.router.clone(),
             mesh,
         );
@@ -558,7 +584,11 @@ impl Host {
         if progress.wait_for(|p| p.stopped || p.gone).await.is_err() {
             return;
         }
-        self.state().admission.release(&key);
+        {
+            let mut state = self.state();
+            state.admission.release(&key);
+            state.user_ids.give_back(&key);
+        }
         if progress.wait_for(|p| p.gone).await.is_err() {
             return;
         }
@@ -575,6 +605,7 @@ impl Host {
         {
             let mut state = self.state();
             state.admission.end(&tenant, &key);
+            state.user_ids.give_back(&key);
             state.residents.remove(&key);
         }
         self.inner.board.forget(&tenant, &key);

@@ -33,6 +33,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::user_ids::IdRange;
+
 /// Records of ended attempts kept when the file is rewritten at a start.
 const ENDED_KEPT: usize = 100_000;
 /// Commits that wait for the disk; a caller beyond that waits for its turn.
@@ -79,6 +81,9 @@ pub struct Entry {
     /// SPIFFE id; None for a pod outside the mesh. Kept here so that no damaged or
     /// replaced spec can take an enrolled pod out of the mesh.
     pub identity: Option<String>,
+    /// The ids of its user namespace, which its containers must agree on for as long
+    /// as it lives; None if it has none.
+    pub user_ids: Option<IdRange>,
     pub accepted_at: Timestamp,
     /// The earliest time by which it was asked to have stopped.
     pub stop_by: Option<Timestamp>,
@@ -437,6 +442,9 @@ enum Stored {
         address: Ipv4Addr,
         #[serde(default, skip_serializing_if = "Option::is_none")]
         identity: Option<String>,
+        /// The first of 65536.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        user_ids: Option<u32>,
         #[serde(with = "as_text")]
         accepted_at: Timestamp,
     },
@@ -502,6 +510,7 @@ impl From<&Record> for Stored {
                 sandboxes: entry.claim.sandboxes,
                 address: entry.address,
                 identity: entry.identity.clone(),
+                user_ids: entry.user_ids.map(|ids| ids.first),
                 accepted_at: entry.accepted_at,
             },
             Record::Stopping(key, by) => Self::Stopping {
@@ -572,6 +581,7 @@ impl Contents {
                 sandboxes,
                 address,
                 identity,
+                user_ids,
                 accepted_at,
             } => {
                 let key = key(uid, attempt)?;
@@ -593,6 +603,7 @@ impl Contents {
                         },
                         address,
                         identity,
+                        user_ids: user_ids.map(|first| IdRange { first }),
                         accepted_at,
                         stop_by: None,
                     },

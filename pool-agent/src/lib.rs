@@ -43,4 +43,5 @@ pub mod probes;
 pub mod sandbox;
 pub mod service;
 pub mod spec_file;
+pub mod user_ids;
 pub mod volumes;

@@ -110,6 +110,12 @@ fn own(host: &Host) -> String {
     for (state, _, count) in counts {
         line("pool_agent_sandboxes", &format!("{{state=\"{state}\"}}"), count);
     }
+    // 0: root in a pod is root on the host; the agent's log says what is missing.
+    line(
+        "pool_agent_user_namespaces",
+        "",
+        u64::from(host.has_user_namespaces()),
+    );
     for (of, resources) in [("capacity", host.capacity()), ("free", host.free())] {
         line(&format!("pool_agent_{of}_cpu_millis"), "", resources.cpu_millis);
         line(

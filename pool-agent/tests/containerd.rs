@@ -21,6 +21,7 @@ mod containerd {
     pub(crate) mod images;
     pub(crate) mod logs;
     pub(crate) mod network;
+    pub(crate) mod privilege;
     pub(crate) mod probes;
     pub(crate) mod volumes;
 }
@@ -38,6 +39,8 @@ fn main() -> ExitCode {
         containerd::probes::tests(),
         containerd::logs::tests(),
         containerd::network::tests(),
+        containerd::privilege::tests(),
+        containerd::privilege::alone(),
         containerd::faults::tests(),
     ];
     suite::run(modules.into_iter().flatten().collect())

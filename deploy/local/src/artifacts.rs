@@ -33,6 +33,7 @@ pub enum Profile {
 pub struct Containerd {
     /// Holds containerd, its runc shim and ctr.
     pub directory: PathBuf,
+    pub runc: PathBuf,
 }
 
 /// Our own programs.
@@ -64,6 +65,11 @@ pub enum ArtifactError {
 const KUBERNETES: &str = "v1.37.2";
 /// The newest whose CRI plugin loads without other new tools. See docs/decisions.
 const CONTAINERD: &str = "v2.2.3";
+/// The distributions' may be older than 1.2, which cannot give a volume the owners of
+/// a pod's user namespace.
+const RUNC: &str = "v1.5.3";
+/// What runc is linked with: seccomp filters are compiled by it.
+const LIBSECCOMP: &str = "/usr/include/seccomp.h";
 /// Cold, on two cores, devcluster takes under seven minutes.
 const BUILD_LIMIT: Duration = Duration::from_secs(3600);
 
@@ -166,7 +172,7 @@ pub async fn devcluster(cache: &Cache, progress: &Progress) -> Result<PathBuf, A
     Ok(built.join("devcluster"))
 }
 
-/// containerd, its runc shim and ctr.
+/// containerd, its runc shim and ctr; and runc.
 pub async fn containerd(cache: &Cache, progress: &Progress) -> Result<Containerd, ArtifactError> {
     let what = "containerd";
     let step = progress.step(format!("Build {what}"));
@@ -185,7 +191,29 @@ pub async fn containerd(cache: &Cache, progress: &Progress) -> Result<Containerd
         })
         .await?;
     step.done_quietly();
-    Ok(Containerd { directory })
+    let runc = runc(cache, progress).await?;
+    Ok(Containerd { directory, runc })
+}
+
+async fn runc(cache: &Cache, progress: &Progress) -> Result<PathBuf, ArtifactError> {
+    let what = "runc";
+    let step = progress.step(format!("Build {what}"));
+    let key = go_key(&step).await?.text(RUNC).file(Path::new(LIBSECCOMP))?;
+    let directory = cache
+        .ensure::<ArtifactError>("runc", key, &step, async |directory: &Path| {
+            go("install -v -trimpath -tags seccomp -ldflags")
+                .arg("-s -w")
+                .arg(format!("github.com/opencontainers/runc@{RUNC}"))
+                // The one program with cgo: it enters namespaces before Go has threads.
+                .env("CGO_ENABLED", "1")
+                .env("GOBIN", directory)
+                .run_showing(&step)
+                .await
+                .map_err(|source| ArtifactError::Build { what, source })
+        })
+        .await?;
+    step.done_quietly();
+    Ok(directory.join("runc"))
 }
 
 /// The images of the demo and of the tests, as archives to import.
@@ -279,6 +307,7 @@ pub async fn tools(cache: &Cache, progress: &Progress) -> Result<PathBuf, Artifa
     for program in ["containerd", "containerd-shim-runc-v2", "ctr"] {
         link(program, &containerd.directory.join(program))?;
     }
+    link("runc", &containerd.runc)?;
     for program in ["devcluster", "kubectl"] {
         link(program, &devcluster)?;
     }
@@ -288,7 +317,7 @@ pub async fn tools(cache: &Cache, progress: &Progress) -> Result<PathBuf, Artifa
     Ok(directory)
 }
 
-/// Everything is built without cgo: one way, so that nothing compiles twice,
+/// Everything but runc is built without cgo: one way, so that nothing compiles twice,
 /// and the programs run in any image.
 fn go(words: &str) -> Tool {
     Tool::new("go")

@@ -126,6 +126,10 @@ impl Runtime {
                 registry.hosts_toml(),
             )?;
         }
+        let link = runc(&self.state());
+        file::remove(&link)
+            .and_then(|()| std::os::unix::fs::symlink(&self.programs.runc, &link))
+            .map_err(|source| ContainerdError::File { path: link, source })?;
         let config = self.state().join("config.toml");
         write(&config, self.config())?;
 
@@ -199,6 +203,7 @@ runtime_type = 'io.containerd.runc.v2'
 # The cgroupfs driver: there may be no systemd here.
 SystemdCgroup = false
 Root = '{runc}'
+BinaryName = '{binary}'
 ",
             root = self.root().display(),
             state = self.state().display(),
@@ -209,6 +214,7 @@ Root = '{runc}'
             cni_bin = self.cni("bin").display(),
             cni_conf = self.cni("net.d").display(),
             runc = self.runc_root().display(),
+            binary = runc(&self.state()).display(),
         );
         if !Path::new("/sys/module/apparmor").exists() {
             text = text.replace("netns_mounts", "disable_apparmor = true\nnetns_mounts");
@@ -282,7 +288,7 @@ pub async fn remove_containers(layout: &Layout, hosts: impl IntoIterator<Item = 
         let sockets: Vec<PathBuf> = bundles.iter().filter_map(|bundle| shim_socket(bundle)).collect();
         let root = state.join("runc").join(NAMESPACE);
         let removals = entries(&root).into_iter().map(|container| {
-            let runc = Tool::new("runc")
+            let runc = Tool::new(runc(&state))
                 .arg("--root")
                 .arg(&root)
                 .args(["delete", "--force"]);
@@ -303,6 +309,11 @@ pub async fn remove_containers(layout: &Layout, hosts: impl IntoIterator<Item = 
             remove_cgroup(&cgroup);
         }
     }
+}
+
+/// A link to the runc that a containerd with this state starts containers with.
+fn runc(state: &Path) -> PathBuf {
+    state.join("bin-runc")
 }
 
 fn entries(directory: &Path) -> Vec<PathBuf> {

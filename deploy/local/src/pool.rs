@@ -134,10 +134,7 @@ struct AgentConfig {
 fn policy() -> toml::Table {
     toml::toml! {
         [privilege]
-        capabilities = [
-            "AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD", "NET_ADMIN",
-            "NET_BIND_SERVICE", "NET_RAW", "SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT"
-        ]
+        user_namespace_capabilities = ["NET_ADMIN"]
     }
 }
 

@@ -12,7 +12,7 @@ use super::{
     LABEL_ATTEMPT, LABEL_CONTAINER, LABEL_HOST, LABEL_POD_NAME, LABEL_POD_NAMESPACE, LABEL_POD_UID,
     wire::{self, security_profile::ProfileType},
 };
-use crate::layout::SandboxDirs;
+use crate::{layout::SandboxDirs, policy::privilege::IDS_OF_A_POD, user_ids::IdRange};
 
 /// What of /proc and /sys a container may not read or write. As a kubelet asks for
 /// it: the runtime's own defaults are not applied when nothing is asked.
@@ -118,6 +118,7 @@ pub fn sandbox(
     host: &HostName,
     dirs: &SandboxDirs,
     cgroup_parent: &str,
+    user_ids: Option<IdRange>,
 ) -> wire::PodSandboxConfig {
     wire::PodSandboxConfig {
         metadata: Some(wire::PodSandboxMetadata {
@@ -138,7 +139,7 @@ pub fn sandbox(
         linux: Some(wire::LinuxPodSandboxConfig {
             cgroup_parent: cgroup_parent.to_owned(),
             security_context: Some(wire::LinuxSandboxSecurityContext {
-                namespace_options: Some(namespaces(spec)),
+                namespace_options: Some(namespaces(spec, user_ids)),
                 // The pause process needs no more than nobody has.
                 run_as_user: Some(wire::Int64Value { value: 65535 }),
                 run_as_group: Some(wire::Int64Value { value: 65535 }),
@@ -164,6 +165,8 @@ pub struct Placement {
     pub pod_ip: IpAddr,
     pub host_ip: IpAddr,
     pub host_memory: u64,
+    /// As the sandbox has them.
+    pub user_ids: Option<IdRange>,
     pub mounts: Vec<HostMount>,
 }
 
@@ -218,8 +221,10 @@ pub fn container(
                 host_path: m.host_path.display().to_string(),
                 readonly: m.read_only,
                 propagation: wire::MountPropagation::PropagationPrivate.into(),
-                uid_mappings: vec![],
-                gid_mappings: vec![],
+                // The pod's own ids are those on disk: a volume needs no other owners
+                // than without a user namespace.
+                uid_mappings: placement.user_ids.map(mapping).into_iter().collect(),
+                gid_mappings: placement.user_ids.map(mapping).into_iter().collect(),
             })
             .collect(),
         labels,
@@ -236,7 +241,7 @@ pub fn container(
                     drop_capabilities: security.drop_capabilities.clone(),
                 }),
                 privileged: false,
-                namespace_options: Some(namespaces(spec)),
+                namespace_options: Some(namespaces(spec, placement.user_ids)),
                 run_as_user: security.run_as_user.map(|value| wire::Int64Value { value }),
                 run_as_group: security
                     .run_as_group
@@ -314,7 +319,7 @@ fn labels(spec: &SandboxSpec, host: &HostName) -> HashMap<String, String> {
     ])
 }
 
-fn namespaces(spec: &SandboxSpec) -> wire::NamespaceOption {
+fn namespaces(spec: &SandboxSpec, user_ids: Option<IdRange>) -> wire::NamespaceOption {
     wire::NamespaceOption {
         network: wire::NamespaceMode::Pod.into(),
         pid: if spec.share_process_namespace {
@@ -324,7 +329,19 @@ fn namespaces(spec: &SandboxSpec) -> wire::NamespaceOption {
         }
         .into(),
         ipc: wire::NamespaceMode::Pod.into(),
-        userns_options: None,
+        userns_options: user_ids.map(|ids| wire::UserNamespace {
+            mode: wire::NamespaceMode::Pod.into(),
+            uids: vec![mapping(ids)],
+            gids: vec![mapping(ids)],
+        }),
+    }
+}
+
+fn mapping(ids: IdRange) -> wire::IdMapping {
+    wire::IdMapping {
+        host_id: ids.first,
+        container_id: 0,
+        length: IDS_OF_A_POD,
     }
 }
 

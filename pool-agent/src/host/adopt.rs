@@ -43,7 +43,9 @@ use crate::{
         lifecycle::{Found, FoundRun, FoundState},
         perform::{Hands, Workshop},
     },
-    spec_file, volumes,
+    spec_file,
+    user_ids::IdRanges,
+    volumes,
 };
 
 /// Sandboxes that are taken over at a time; each asks the runtime a few things.
@@ -92,7 +94,7 @@ impl Host {
         mut admission: Admission,
         privilege: Privilege,
     ) -> Result<Self, CriError> {
-        let abilities = HostAbilities::detect(shop.runtime.features().await?);
+        let abilities = HostAbilities::detect(shop.runtime.features().await?, &shop.layout);
         let mut there = everything(&shop).await?;
         let mut unopened: HashMap<TenantId, String> = HashMap::new();
         for entry in contents.admitted.values() {
@@ -107,6 +109,7 @@ impl Host {
         for (tenant, key) in &contents.ended {
             admission.fence(tenant, key);
         }
+        let user_ids = IdRanges::new(privilege.user_ids);
         let host = Self {
             inner: Arc::new(Inner {
                 shop,
@@ -117,6 +120,7 @@ impl Host {
                 privilege,
                 state: Mutex::new(State {
                     admission,
+                    user_ids,
                     tenants: HashMap::new(),
                     residents: HashMap::new(),
                 }),
@@ -224,6 +228,9 @@ impl Host {
             entry.claim,
             entry.address,
         );
+        if let Some(ids) = entry.user_ids {
+            state.user_ids.restore(&entry.key, ids);
+        }
         // One that was being superseded still has to end first.
         let older = state
             .residents
@@ -252,7 +259,7 @@ impl Host {
             self.spawn_remains(heir.entry, heir.there, heir.ends, lost);
             return;
         };
-        let (hands, mesh) = self.hands(&spec, heir.entry.address, &tenant);
+        let (hands, mesh) = self.hands(&spec, heir.entry.address, heir.entry.user_ids, &tenant);
         let dirs = self.inner.shop.layout.sandbox(&heir.entry.key);
         let found = self
             .find(&spec, &heir.entry, heir.there, &hands, read_status(&dirs))
@@ -564,6 +571,7 @@ mod tests {
             claim: spec.claim,
             address: [10, 0, 0, 2].into(),
             identity: identity.map(Into::into),
+            user_ids: None,
             accepted_at: jiff::Timestamp::UNIX_EPOCH,
             stop_by: None,
         }

@@ -18,6 +18,7 @@ fn entry(pod: &str, attempt: u32, address: &str) -> Entry {
         },
         address: address.parse().unwrap(),
         identity: Some("spiffe://cluster.local/ns/shop/sa/web".into()),
+        user_ids: Some(IdRange { first: 1 << 20 }),
         accepted_at: Timestamp::from_second(1_700_000_000).unwrap(),
         stop_by: None,
     }

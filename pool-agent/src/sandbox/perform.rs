@@ -42,7 +42,9 @@ use crate::{
     logs,
     network::{POD_GATEWAY, Router},
     probes::{self, Prober},
-    spec_file, volumes,
+    spec_file,
+    user_ids::IdRange,
+    volumes,
 };
 
 /// Most that is read of a container's last words, as a kubelet does.
@@ -72,6 +74,7 @@ pub struct Hands {
     spec: Arc<SandboxSpec>,
     dirs: SandboxDirs,
     address: Ipv4Addr,
+    user_ids: Option<IdRange>,
     router: Router,
     mesh: watch::Sender<MeshState>,
     found: Mutex<Learnt>,
@@ -90,6 +93,7 @@ impl Hands {
         shop: Arc<Workshop>,
         spec: Arc<SandboxSpec>,
         address: Ipv4Addr,
+        user_ids: Option<IdRange>,
         router: Router,
         mesh: watch::Sender<MeshState>,
     ) -> Self {
@@ -99,6 +103,7 @@ impl Hands {
             spec,
             dirs,
             address,
+            user_ids,
             router,
             mesh,
             found: Mutex::default(),
@@ -121,7 +126,7 @@ impl Hands {
 
     fn sandbox_config(&self) -> wire::PodSandboxConfig {
         let parent = Cgroups::parent(self.key(), Qos::of(&self.spec));
-        config::sandbox(&self.spec, &self.shop.host, &self.dirs, &parent)
+        config::sandbox(&self.spec, &self.shop.host, &self.dirs, &parent, self.user_ids)
     }
 
     async fn prepare_volumes(&self) -> Result<(), Trouble> {
@@ -391,6 +396,7 @@ impl Hands {
             pod_ip: self.address.into(),
             host_ip: self.shop.address,
             host_memory: self.shop.memory,
+            user_ids: self.user_ids,
             mounts: self
                 .mounts(slot, restart)
                 .await
