@@ -139,6 +139,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         layout,
         cgroups: Cgroups::detect(),
         clock,
+        files: config.policy.files,
         pulls: Semaphore::new(PULLS),
     });
     // Before anything is taken over, so that no sandbox starts without us.

@@ -43,8 +43,8 @@ use crate::{
     sandbox::{
         Lifecycle,
         clock::after,
-        driver::{self, Command, INBOX, Outlet, Progress, addressing},
-        event::{ContainerId, Event, SandboxId, Trouble},
+        driver::{self, Command, INBOX, Outlet, Progress, UpdateError, addressing},
+        event::{ContainerId, Event, SandboxId},
         eviction,
         perform::{Hands, Workshop},
     },
@@ -85,8 +85,8 @@ pub enum StartError {
 pub enum SandboxError {
     #[error("sandbox {0} is not on this host")]
     Unknown(SandboxKey),
-    #[error("{}", .0.message)]
-    Refused(Trouble),
+    #[error(transparent)]
+    Update(#[from] UpdateError),
 }
 
 /// Cheap to clone.
@@ -264,7 +264,14 @@ impl Host {
     /// Admits and starts a sandbox. Answers a repetition as it answered before.
     pub async fn start(&self, spec: SandboxSpec) -> Result<(), StartError> {
         let key = spec.key.clone();
-        let permitted = self.check_privilege(&spec);
+        let permitted = self.check_privilege(&spec).and_then(|users| {
+            let fits = self.inner.shop.files.check(&spec);
+            fits.map(|()| users).map_err(|invalid| Refusal {
+                reason: RefusalReason::Unsupported,
+                message: invalid.within("spec").to_string(),
+                free: self.free(),
+            })
+        });
         let slimmed = Arc::new(slim(spec.clone()));
         let accepted_at = self.inner.shop.clock.now();
         let Newcomer {
@@ -443,7 +450,7 @@ impl Host {
         answer
             .await
             .map_err(|_| SandboxError::Unknown(key.clone()))?
-            .map_err(SandboxError::Refused)
+            .map_err(SandboxError::Update)
     }
 
     /// Leaves nothing of a sandbox but its fence. Returns when that is so.

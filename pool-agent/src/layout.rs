@@ -4,7 +4,9 @@
 //! ```text
 //! state_dir/ledger                        what was admitted and what ended
 //! state_dir/sandboxes/<uid>-<attempt>/    logs/<container>/<restart>.log, volumes/<name>
-//! run_dir/sandboxes/<uid>-<attempt>/      spec (0600), status, hosts, messages/, memory/ (tmpfs)
+//! run_dir/sandboxes/<uid>-<attempt>/      spec (0600), status, subpaths/
+//!     given/ (tmpfs)                      hosts, hostname, resolv.conf, messages/
+//!     memory/, emptydirs/<name> (tmpfs)   sensitive file volumes, emptyDirs in memory
 //! run_dir/routers/<tenant>                the tenant's network namespace, bind-mounted
 //! ```
 
@@ -93,13 +95,37 @@ impl SandboxDirs {
         self.run.join("status")
     }
 
-    pub fn hosts(&self) -> PathBuf {
-        self.run.join("hosts")
+    /// The pod's tmpfs for what its containers write on the host's behalf.
+    pub fn given(&self) -> PathBuf {
+        self.run.join("given")
     }
+
+    pub fn hosts(&self) -> PathBuf {
+        self.given().join("hosts")
+    }
+
+    pub fn hostname(&self) -> PathBuf {
+        self.given().join("hostname")
+    }
+
+    pub fn resolver(&self) -> PathBuf {
+        self.given().join("resolv.conf")
+    }
+
+    /// In [`Self::given`].
+    pub const MESSAGES: &str = "messages";
 
     /// Where the last words of one run of a container are written.
     pub fn message(&self, container: &ContainerName, restart: u32) -> PathBuf {
-        self.run.join("messages").join(format!("{container}-{restart}"))
+        self.messages().join(Self::message_name(container, restart))
+    }
+
+    pub fn messages(&self) -> PathBuf {
+        self.given().join(Self::MESSAGES)
+    }
+
+    pub fn message_name(container: &ContainerName, restart: u32) -> String {
+        format!("{container}-{restart}")
     }
 
     pub fn logs(&self) -> PathBuf {
@@ -111,8 +137,12 @@ impl SandboxDirs {
         format!("{container}/{restart}.log")
     }
 
+    pub fn disk_volumes(&self) -> PathBuf {
+        self.disk.join("volumes")
+    }
+
     pub fn disk_volume(&self, volume: &VolumeName) -> PathBuf {
-        self.disk.join("volumes").join(volume.as_str())
+        self.disk_volumes().join(volume.as_str())
     }
 
     /// The sandbox's tmpfs for contents that must not reach a disk.
@@ -122,7 +152,11 @@ impl SandboxDirs {
 
     /// An emptyDir in memory has a tmpfs of its own, for its size limit.
     pub fn memory_volume(&self, volume: &VolumeName) -> PathBuf {
-        self.run.join("emptydirs").join(volume.as_str())
+        self.memory_volumes().join(volume.as_str())
+    }
+
+    pub fn memory_volumes(&self) -> PathBuf {
+        self.run.join("emptydirs")
     }
 
     /// Bind mounts of sub-paths: opened once, so that nothing can be swapped

@@ -29,6 +29,7 @@ mod causes;
 pub mod cgroup;
 pub mod cni;
 pub mod config;
+pub mod confined;
 pub mod cri;
 pub mod host;
 pub mod housekeeping;

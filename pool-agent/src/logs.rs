@@ -10,6 +10,7 @@ mod rotation;
 mod tail;
 
 use std::{
+    ffi::OsStr,
     io::{self, SeekFrom},
     os::unix::fs::MetadataExt,
     path::Path,
@@ -24,6 +25,7 @@ use tokio::{
     sync::mpsc,
 };
 
+use crate::confined::Directory;
 use line::Writer;
 pub use rotation::{remove, rotate};
 
@@ -64,11 +66,11 @@ async fn copy(
     to: &mpsc::Sender<io::Result<Bytes>>,
 ) -> io::Result<()> {
     let mut writer = Writer::new(request.timestamps, request.since, request.limit_bytes);
-    let mut file = File::open(path).await?;
+    let mut file = open_off_the_workers(path).await?;
     if let Some(lines) = request.tail_lines {
         let from = path.to_owned();
         let start = tokio::task::spawn_blocking(move || {
-            let mut file = std::fs::File::open(from)?;
+            let mut file = open(&from)?;
             let length = file.metadata()?.len();
             tail::start_of(&mut file, length, lines)
         })
@@ -97,7 +99,7 @@ async fn copy(
         }
         if replaced(path, &file).await {
             // Rotated; what is in the old file has been read.
-            file = File::open(path).await?;
+            file = open_off_the_workers(path).await?;
             continue;
         }
         if over {
@@ -116,9 +118,30 @@ async fn copy(
     Ok(())
 }
 
+/// A log is a regular file in its container's own directory, and nothing else is read
+/// in its place.
+fn open(path: &Path) -> io::Result<std::fs::File> {
+    let (directory, name) = in_its_directory(path)?;
+    directory.file(name)
+}
+
+fn in_its_directory(path: &Path) -> io::Result<(Directory, &OsStr)> {
+    let (directory, name) = path
+        .parent()
+        .zip(path.file_name())
+        .ok_or(io::ErrorKind::InvalidInput)?;
+    Ok((Directory::open(directory)?, name))
+}
+
+async fn open_off_the_workers(path: &Path) -> io::Result<File> {
+    let path = path.to_owned();
+    let opened = tokio::task::spawn_blocking(move || open(&path)).await;
+    Ok(File::from_std(opened.map_err(io::Error::other)??))
+}
+
 /// Whether another file has taken the path of an open one.
 async fn replaced(path: &Path, file: &File) -> bool {
-    match (tokio::fs::metadata(path).await, file.metadata().await) {
+    match (tokio::fs::symlink_metadata(path).await, file.metadata().await) {
         (Ok(there), Ok(open)) => (there.dev(), there.ino()) != (open.dev(), open.ino()),
         _ => false,
     }
@@ -128,7 +151,7 @@ async fn replaced(path: &Path, file: &File) -> bool {
 pub fn last_lines(path: &Path, lines: usize, bytes: usize) -> String {
     let read = || -> io::Result<Vec<u8>> {
         use std::io::{Read, Seek};
-        let mut file = std::fs::File::open(path)?;
+        let mut file = open(path)?;
         let length = file.metadata()?.len();
         let lines = u64::try_from(lines).unwrap_or(u64::MAX);
         let start = tail::start_of(&mut file, length, lines)?;

@@ -11,9 +11,11 @@
 //! [policy.images]
 //! [policy.network]
 //! [policy.bounds]
+//! [policy.files]
 //! ```
 
 pub mod bounds;
+pub mod files;
 pub mod images;
 pub mod network;
 pub mod privilege;
@@ -30,4 +32,5 @@ pub struct Policy {
     pub images: images::Images,
     pub network: network::Network,
     pub bounds: bounds::Bounds,
+    pub files: files::Files,
 }

@@ -32,6 +32,7 @@ pub use calls::Calls;
 use crate::{
     causes::described,
     host::{Host, SandboxError, StartError, TenantError},
+    sandbox::driver::UpdateError,
 };
 
 /// A spec with its ConfigMaps and Secrets, each at most 1 MiB.
@@ -88,7 +89,8 @@ impl From<SandboxError> for Status {
         let message = described(&error);
         match error {
             SandboxError::Unknown(_) => Self::not_found(message),
-            SandboxError::Refused(_) => Self::failed_precondition(message),
+            SandboxError::Update(UpdateError::Invalid(_)) => Self::invalid_argument(message),
+            SandboxError::Update(UpdateError::Failed(_)) => Self::failed_precondition(message),
         }
     }
 }

@@ -60,9 +60,9 @@ pub fn read(dirs: &SandboxDirs) -> Result<SandboxSpec, SpecFileError> {
     SandboxSpec::try_from(message).map_err(|problem| SpecFileError::Invalid { path, problem })
 }
 
-/// Replaces the contents of volumes in the file, so that a volume that is made
-/// again has the newest.
-pub fn update(dirs: &SandboxDirs, volumes: &[Volume]) -> Result<(), SpecFileError> {
+/// The spec with other contents of volumes. Written, a volume that is made again has
+/// the newest.
+pub fn with(dirs: &SandboxDirs, volumes: &[Volume]) -> Result<SandboxSpec, SpecFileError> {
     let known = read(dirs)?;
     let mut parts = SandboxParts::clone(&known);
     for volume in volumes {
@@ -70,11 +70,10 @@ pub fn update(dirs: &SandboxDirs, volumes: &[Volume]) -> Result<(), SpecFileErro
             *known = volume.clone();
         }
     }
-    let spec = SandboxSpec::new(parts).map_err(|problem| SpecFileError::Invalid {
+    SandboxSpec::new(parts).map_err(|problem| SpecFileError::Invalid {
         path: dirs.spec(),
         problem,
-    })?;
-    write(dirs, spec)
+    })
 }
 
 #[cfg(test)]

@@ -9,29 +9,32 @@
 //!   what is mounted, whatever a pod does to links meanwhile;
 //! - every step may be repeated.
 
+pub mod change;
 mod files;
+mod given;
 mod mounts;
+mod ownership;
 pub mod usage;
 
 use std::{
-    fs,
-    io::{self, Write},
+    io,
     net::Ipv4Addr,
-    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
-use nix::unistd::{Gid, chown};
 use pool_agent_api::{
     SandboxSpec, VolumeName,
-    spec::{Container, Mount, PodSecurity, Volume, VolumeSource},
+    spec::{Container, EmptyDir, Mount, PodSecurity, Volume, VolumeSource},
 };
 
-use crate::{cri::config::HostMount, layout::SandboxDirs};
-
-/// A tmpfs for Secrets and tokens: each is at most 1 MiB, and there are two
-/// versions for a moment.
-const SENSITIVE_BYTES: u64 = 64 << 20;
+use crate::{
+    confined::{Directory, Owned, removal::Removal, slices::in_slices},
+    cri::config::HostMount,
+    layout::SandboxDirs,
+    policy::files::Files as Bounds,
+};
+use files::Staged;
+use ownership::{InvalidId, Ownership};
 
 #[derive(Debug, thiserror::Error)]
 pub enum VolumeError {
@@ -47,6 +50,10 @@ pub enum VolumeError {
         volume: VolumeName,
         source: Box<VolumeError>,
     },
+    #[error("securityContext.fsGroup: {0}")]
+    Group(#[from] InvalidId),
+    #[error("the work broke off")]
+    BrokeOff,
     #[error("subPath {path:?} of volume {volume}: {problem}")]
     SubPath {
         volume: VolumeName,
@@ -60,58 +67,159 @@ pub(crate) fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) ->
     move |source| VolumeError::File { action, path, source }
 }
 
+fn within(volume: &Volume) -> impl FnOnce(VolumeError) -> VolumeError {
+    let volume = volume.name.clone();
+    move |source| VolumeError::Volume {
+        volume,
+        source: Box::new(source),
+    }
+}
+
 /// Makes every volume of the spec, with contents.
-pub fn prepare(spec: &SandboxSpec, dirs: &SandboxDirs) -> Result<(), VolumeError> {
-    for volume in &spec.volumes {
-        prepare_one(volume, &spec.security, dirs).map_err(|source| VolumeError::Volume {
-            volume: volume.name.clone(),
-            source: Box::new(source),
-        })?;
-    }
-    Ok(())
-}
-
-/// Replaces the contents of file volumes.
-pub fn update(volumes: &[Volume], security: &PodSecurity, dirs: &SandboxDirs) -> Result<(), VolumeError> {
-    for volume in volumes {
-        if let VolumeSource::Files(_) = volume.source {
-            prepare_one(volume, security, dirs).map_err(|source| VolumeError::Volume {
-                volume: volume.name.clone(),
-                source: Box::new(source),
-            })?;
-        }
-    }
-    Ok(())
-}
-
-fn prepare_one(volume: &Volume, security: &PodSecurity, dirs: &SandboxDirs) -> Result<(), VolumeError> {
-    let path = place(volume, dirs);
-    match &volume.source {
-        VolumeSource::EmptyDir(empty) => {
-            let new = !path.exists();
-            make_directory(&path)?;
-            if empty.memory && !mounts::is_mount_point(&path) {
-                mounts::tmpfs(&path, empty.size_limit_bytes, 0o777).map_err(at("mounting", &path))?;
-            } else if !new {
-                // It is in use: its modes are the pod's own.
-                return Ok(());
+pub async fn prepare(spec: SandboxSpec, dirs: SandboxDirs, bounds: Bounds) -> Result<(), VolumeError> {
+    let left = blocking(move || {
+        given::mounted(&dirs, bounds.given_bytes)?;
+        for volume in &spec.volumes {
+            if let VolumeSource::EmptyDir(empty) = &volume.source {
+                make_empty(volume, *empty, &spec, &dirs).map_err(within(volume))?;
             }
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o777))
-                .map_err(at("setting the mode of", &path))?;
-            own_empty(&path, security)
         }
-        VolumeSource::Files(files) => {
-            if files.sensitive() {
-                let memory = dirs.memory();
-                make_directory(&memory)?;
-                if !mounts::is_mount_point(&memory) {
-                    mounts::tmpfs(&memory, Some(SENSITIVE_BYTES), 0o755).map_err(at("mounting", &memory))?;
+        if spec.volumes.iter().any(in_memory) {
+            mount_memory(&dirs, bounds)?;
+        }
+        Stage::set(&spec.volumes, &spec.security, &dirs)?.commit()
+    })
+    .await?;
+    clear_away(left).await
+}
+
+/// New contents of file volumes, beside what they hold. Nothing a program sees has
+/// changed, and dropping it changes nothing.
+#[derive(Debug)]
+pub struct Stage {
+    volumes: Vec<(PathBuf, Volume, Staged)>,
+}
+
+impl Stage {
+    /// Lays out the contents of those that are file volumes: all of them, or none.
+    pub fn set(volumes: &[Volume], security: &PodSecurity, dirs: &SandboxDirs) -> Result<Self, VolumeError> {
+        let ownership = Ownership::of(security)?;
+        let mut stage = Self { volumes: vec![] };
+        for volume in volumes {
+            let VolumeSource::Files(files) = &volume.source else {
+                continue;
+            };
+            let path = place(volume, dirs);
+            let parent = path.parent().unwrap_or(&path);
+            let staged = Directory::ensure(parent)
+                .and_then(|parent| parent.make_or_open(volume.name.as_str(), Owned::ours(0o755)))
+                .and_then(|directory| files::stage(directory, files, ownership))
+                .map_err(|source| within(volume)(at("writing", &path)(source)));
+            match staged {
+                Ok(staged) => stage.volumes.push((path, volume.clone(), staged)),
+                Err(error) => {
+                    stage.discard();
+                    return Err(error);
                 }
             }
-            make_directory(&path)?;
-            files::replace(&path, files, security.fs_group)
+        }
+        Ok(stage)
+    }
+
+    /// Puts the contents in place. What they were is left to be removed.
+    pub fn commit(self) -> Result<Vec<Removal>, VolumeError> {
+        let mut left = vec![];
+        for (path, volume, staged) in self.volumes {
+            let old = staged
+                .commit()
+                .map_err(|source| within(&volume)(at("replacing", &path)(source)))?;
+            left.extend(old);
+        }
+        Ok(left)
+    }
+
+    pub fn discard(self) {
+        for (_, _, staged) in self.volumes {
+            staged.discard();
         }
     }
+}
+
+/// Removes what is left over, in turns: all that can be, and tells of the first that
+/// cannot.
+pub async fn clear_away(left: Vec<Removal>) -> Result<(), VolumeError> {
+    let mut result = Ok(());
+    for removal in left {
+        let name = removal.name();
+        let removed = in_slices(removal).await.and_then(|done| done);
+        result = result.and(removed.map_err(at("removing", &name)));
+    }
+    result
+}
+
+/// An emptyDir that is in use is left alone: its modes are the pod's own.
+fn make_empty(
+    volume: &Volume,
+    empty: EmptyDir,
+    spec: &SandboxSpec,
+    dirs: &SandboxDirs,
+) -> Result<(), VolumeError> {
+    let path = place(volume, dirs);
+    let owned = Ownership::of(&spec.security)?.empty_dir();
+    let name = volume.name.as_str();
+    let parent = Directory::ensure(path.parent().unwrap_or(&path)).map_err(at("making", &path))?;
+    if empty.memory {
+        let on = parent
+            .make_or_open(name, Owned::ours(0o700))
+            .map_err(at("making", &path))?;
+        if mounts::is_mount_point(&path) {
+            return Ok(());
+        }
+        let bytes = [empty.size_limit_bytes, memory_limit(spec)]
+            .into_iter()
+            .flatten()
+            .min();
+        let room = mounts::Room { bytes, inodes: None };
+        return mounts::tmpfs(&on, room, owned).map_err(at("mounting", &path));
+    }
+    let make = || {
+        if parent.kind(name)?.is_some() {
+            return parent.directory(name).map(drop);
+        }
+        // It has its name only once it is whole. No volume has a name like this.
+        let beside = format!(".{name}");
+        parent.make_or_open(&beside, owned)?.own(owned)?;
+        parent.rename_to_new(&beside, name)
+    };
+    make().map_err(at("making", &path))
+}
+
+/// What all containers together may use, if each has a limit: as a kubelet sizes what
+/// has no limit of its own.
+fn memory_limit(spec: &SandboxSpec) -> Option<u64> {
+    spec.all_containers()
+        .map(|container| container.resources.memory_limit_bytes.filter(|&bytes| bytes > 0))
+        .try_fold(0_u64, |sum, limit| Some(sum.saturating_add(limit?)))
+}
+
+fn in_memory(volume: &Volume) -> bool {
+    matches!(&volume.source, VolumeSource::Files(files) if files.sensitive())
+}
+
+/// The pod's tmpfs for contents that must not reach a disk.
+fn mount_memory(dirs: &SandboxDirs, bounds: Bounds) -> Result<(), VolumeError> {
+    let path = dirs.memory();
+    let on = Directory::ensure(&path).map_err(at("making", &path))?;
+    if mounts::is_mount_point(&path) {
+        return Ok(());
+    }
+    // There are two versions for a moment.
+    let bytes = bounds.contents_bytes.saturating_mul(2);
+    let room = mounts::Room {
+        bytes: Some(bytes),
+        inodes: Some(bytes / crate::policy::files::PAGE),
+    };
+    mounts::tmpfs(&on, room, Owned::ours(0o755)).map_err(at("mounting", &path))
 }
 
 /// The emptyDirs on disk that have a limit (0 is none), with what it is. Those in
@@ -137,28 +245,27 @@ fn place(volume: &Volume, dirs: &SandboxDirs) -> PathBuf {
     }
 }
 
-/// A new emptyDir belongs to the pod's group, and so does what is made in it.
-fn own_empty(path: &Path, security: &PodSecurity) -> Result<(), VolumeError> {
-    let Some(group) = security.fs_group else {
-        return Ok(());
-    };
-    let owned = fs::metadata(path).is_ok_and(|m| i64::from(m.gid()) == group);
-    if owned && security.fs_group_on_root_mismatch_only {
-        return Ok(());
-    }
-    files::give_to_group(path, group)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o2777)).map_err(at("setting the mode of", path))
-}
-
-/// What a container mounts: its volumes, the hosts file, and where its last words
-/// go. Makes what has to exist before the runtime mounts it.
+/// What a container mounts: its volumes, the small files it is given, and where its
+/// last words go. Makes what has to exist before the runtime mounts it.
 pub fn mounts(
     spec: &SandboxSpec,
     container: &Container,
     restart: u32,
     dirs: &SandboxDirs,
-    pod_ip: Ipv4Addr,
-    host_ip: std::net::IpAddr,
+    addresses: (Ipv4Addr, std::net::IpAddr),
+    bounds: Bounds,
+) -> Result<Vec<HostMount>, VolumeError> {
+    let given = given::mounted(dirs, bounds.given_bytes)?;
+    mounts_beside(&given, spec, container, restart, dirs, addresses)
+}
+
+fn mounts_beside(
+    given: &Directory,
+    spec: &SandboxSpec,
+    container: &Container,
+    restart: u32,
+    dirs: &SandboxDirs,
+    (pod_ip, host_ip): (Ipv4Addr, std::net::IpAddr),
 ) -> Result<Vec<HostMount>, VolumeError> {
     let mut all = vec![];
     for (i, mount) in container.mounts.iter().enumerate() {
@@ -171,8 +278,8 @@ pub fn mounts(
             None => root,
             Some(text) => {
                 let sub_path = text.render(pod_ip.into(), host_ip);
-                let target = dirs.sub_paths().join(container.name.as_str()).join(i.to_string());
-                sub_path_mount(mount, &root, &sub_path, &target)?
+                let place = dirs.sub_paths().join(container.name.as_str());
+                sub_path_mount(mount, &root, &sub_path, &place, &i.to_string())?
             }
         };
         all.push(HostMount {
@@ -182,26 +289,26 @@ pub fn mounts(
             read_only: mount.read_only || matches!(volume.source, VolumeSource::Files(_)),
         });
     }
-    let given = |path: &str| container.mounts.iter().any(|m| m.mount_path == path);
-    if !given("/etc/hosts") {
-        let hosts = dirs.hosts();
-        if !hosts.exists() {
-            write_file(&hosts, hosts_file(spec, pod_ip).as_bytes(), 0o644)?;
+    let mounted = |path: &str| container.mounts.iter().any(|m| m.mount_path == path);
+    given::write(given, spec, pod_ip, dirs)?;
+    for (host_path, container_path) in [
+        (dirs.hosts(), "/etc/hosts"),
+        (dirs.hostname(), "/etc/hostname"),
+        (dirs.resolver(), "/etc/resolv.conf"),
+    ] {
+        if !mounted(container_path) {
+            all.push(HostMount {
+                host_path,
+                container_path: container_path.into(),
+                read_only: container.security.read_only_root_filesystem,
+            });
         }
-        all.push(HostMount {
-            host_path: hosts,
-            container_path: "/etc/hosts".into(),
-            read_only: container.security.read_only_root_filesystem,
-        });
     }
     let message_path = &container.termination_message.path;
-    if !message_path.is_empty() && !given(message_path) {
-        let path = dirs.message(&container.name, restart);
-        if !path.exists() {
-            write_file(&path, b"", 0o666)?;
-        }
+    if !message_path.is_empty() && !mounted(message_path) {
+        given::message(given, &container.name, restart, dirs)?;
         all.push(HostMount {
-            host_path: path,
+            host_path: dirs.message(&container.name, restart),
             container_path: message_path.clone(),
             read_only: false,
         });
@@ -209,114 +316,123 @@ pub fn mounts(
     Ok(all)
 }
 
-fn sub_path_mount(mount: &Mount, root: &Path, sub_path: &str, target: &Path) -> Result<PathBuf, VolumeError> {
+/// What was opened is what is mounted, at a place of the host's own: that is what the
+/// runtime is told of, so that nothing can be swapped under it.
+fn sub_path_mount(
+    mount: &Mount,
+    root: &Path,
+    sub_path: &str,
+    place: &Path,
+    name: &str,
+) -> Result<PathBuf, VolumeError> {
     let refuse = |problem: String| VolumeError::SubPath {
         volume: mount.volume.clone(),
         path: sub_path.to_owned(),
         problem,
     };
     Mount::check_sub_path(sub_path).map_err(|e| refuse(e.problem))?;
-    let opened = mounts::open_beneath(root, Path::new(sub_path)).map_err(|e| refuse(e.to_string()))?;
-    mounts::bind(&opened, target).map_err(at("mounting", target))?;
-    Ok(target.to_owned())
+    let opened = Directory::open(root)
+        .and_then(|root| root.sub_path(Path::new(sub_path)))
+        .map_err(|e| refuse(e.to_string()))?;
+    mounts::bind(&opened, place, name).map_err(at("mounting", &place.join(name)))
 }
 
-/// As a kubelet writes it.
-fn hosts_file(spec: &SandboxSpec, pod_ip: Ipv4Addr) -> String {
-    let network = &spec.network;
-    let mut text = String::from(
-        "# Kubernetes-managed hosts file.\n\
-         127.0.0.1\tlocalhost\n\
-         ::1\tlocalhost ip6-localhost ip6-loopback\n\
-         fe00::0\tip6-localnet\n\
-         fe00::0\tip6-mcastprefix\n\
-         fe00::1\tip6-allnodes\n\
-         fe00::2\tip6-allrouters\n",
-    );
-    match &network.domainname {
-        Some(domain) => text.push_str(&format!(
-            "{pod_ip}\t{host}.{domain}\t{host}\n",
-            host = network.hostname
-        )),
-        None => text.push_str(&format!("{pod_ip}\t{}\n", network.hostname)),
-    }
-    if !network.host_aliases.is_empty() {
-        text.push_str("\n# Entries added by HostAliases.\n");
-        for alias in &network.host_aliases {
-            text.push_str(&format!("{}\t{}\n", alias.ip, alias.hostnames.join("\t")));
-        }
-    }
-    text
-}
-
-/// Unmounts everything and removes the contents. Fine if nothing is there.
-pub fn release(dirs: &SandboxDirs) -> Result<(), VolumeError> {
-    mounts::unmount_below(dirs.run()).map_err(at("unmounting below", dirs.run()))?;
-    let gone = [
+/// Unmounts the volumes and removes their contents. Fine if nothing is there. What
+/// containers were given stays: their last words are read later.
+pub async fn release(dirs: &SandboxDirs) -> Result<(), VolumeError> {
+    let volumes = [
         dirs.sub_paths(),
         dirs.memory(),
-        dirs.run().join("emptydirs"),
-        dirs.disk().join("volumes"),
+        dirs.memory_volumes(),
+        dirs.disk_volumes(),
     ];
-    for path in gone {
-        remove_directory(&path)?;
+    unmount(volumes.to_vec()).await?;
+    for path in &volumes {
+        remove_directory(path).await?;
     }
     Ok(())
 }
 
 /// Removes both directories of a sandbox.
-pub fn remove(dirs: &SandboxDirs) -> Result<(), VolumeError> {
-    release(dirs)?;
-    remove_directory(dirs.disk())?;
-    remove_directory(dirs.run())
+pub async fn remove(dirs: &SandboxDirs) -> Result<(), VolumeError> {
+    unmount(vec![dirs.run().to_owned()]).await?;
+    remove_directory(dirs.disk()).await?;
+    remove_directory(dirs.run()).await
 }
 
-fn remove_directory(path: &Path) -> Result<(), VolumeError> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(at("removing", path)(error)),
-        _ => Ok(()),
+/// Takes the two directories of a sandbox out of the way at once, and leaves what was
+/// in them to be removed.
+pub fn put_aside(dirs: &SandboxDirs) -> Result<Vec<Removal>, VolumeError> {
+    mounts::unmount_below(dirs.run()).map_err(at("unmounting below", dirs.run()))?;
+    let mut left = vec![];
+    for path in [dirs.disk(), dirs.run()] {
+        left.extend(aside(path).map_err(at("putting aside", path))?);
+    }
+    Ok(left)
+}
+
+/// What names of what was put aside begin with; no sandbox's does.
+pub const ASIDE: &str = ".aside-";
+
+fn aside(path: &Path) -> io::Result<Option<Removal>> {
+    let Some((parent, name)) = path.parent().zip(path.file_name()) else {
+        return Ok(None);
+    };
+    let parent = match Directory::open(parent) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        parent => parent?,
+    };
+    let name = name.to_string_lossy();
+    if parent.kind(&*name)?.is_none() {
+        return Ok(None);
+    }
+    let aside = format!("{ASIDE}{name}");
+    match parent.rename_to_new(&name, &aside) {
+        Ok(()) => Ok(Some(Removal::of(&parent, &aside)?)),
+        // Put aside before, and not yet gone: it goes where it is.
+        Err(_) => Ok(Some(Removal::of(&parent, &*name)?)),
     }
 }
 
-pub(crate) fn make_directory(path: &Path) -> Result<(), VolumeError> {
-    fs::create_dir_all(path).map_err(at("making", path))
-}
-
-/// Writes a file whole: a reader sees the old one or the new one.
-pub(crate) fn write_file(path: &Path, content: &[u8], mode: u32) -> Result<(), VolumeError> {
-    if let Some(directory) = path.parent() {
-        make_directory(directory)?;
-    }
-    let beside = path.with_extension("new");
-    match fs::remove_file(&beside) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(at("replacing", &beside)(error)),
-        _ => {}
-    }
-    let mut file = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&beside)
-        .map_err(at("writing", &beside))?;
-    file.write_all(content).map_err(at("writing", &beside))?;
-    file.set_permissions(fs::Permissions::from_mode(mode))
-        .map_err(at("setting the mode of", &beside))?;
-    fs::rename(&beside, path).map_err(at("replacing", path))
-}
-
-pub(super) fn group(number: i64) -> io::Result<Gid> {
-    u32::try_from(number).map(Gid::from_raw).map_err(|_| {
-        io::Error::new(
-            io::ErrorKind::InvalidInput,
-            "a group is a number from 0 to 4294967295",
-        )
+async fn unmount(paths: Vec<PathBuf>) -> Result<(), VolumeError> {
+    blocking(move || {
+        paths
+            .iter()
+            .try_for_each(|path| mounts::unmount_below(path).map_err(at("unmounting below", path)))
     })
+    .await
 }
 
-pub(super) fn change_group(path: &Path, number: i64) -> Result<(), VolumeError> {
-    group(number)
-        .and_then(|gid| chown(path, None, Some(gid)).map_err(Into::into))
-        .map_err(at("setting the group of", path))
+async fn remove_directory(path: &Path) -> Result<(), VolumeError> {
+    let Some((parent, name)) = path.parent().zip(path.file_name()) else {
+        return Ok(());
+    };
+    let removal = match Directory::open(parent).and_then(|parent| Removal::of(&parent, name)) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        removal => removal.map_err(at("removing", path))?,
+    };
+    in_slices(removal)
+        .await
+        .and_then(|done| done)
+        .map_err(at("removing", path))
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, VolumeError> + Send + 'static,
+) -> Result<T, VolumeError> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or(Err(VolumeError::BrokeOff))
+}
+
+/// Writes a file of the host's own whole: a reader sees the old one or the new one.
+pub(crate) fn write_file(path: &Path, content: &[u8], mode: u32) -> Result<(), VolumeError> {
+    let Some((directory, name)) = path.parent().zip(path.file_name()) else {
+        return Err(at("writing", path)(io::ErrorKind::InvalidInput.into()));
+    };
+    Directory::ensure(directory)
+        .and_then(|directory| directory.replace(&name.to_string_lossy(), content, Owned::ours(mode)))
+        .map_err(at("writing", path))
 }
 
 #[cfg(test)]

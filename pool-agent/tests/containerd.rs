@@ -18,6 +18,7 @@ mod containerd {
     pub(crate) mod calls;
     pub(crate) mod containers;
     pub(crate) mod faults;
+    pub(crate) mod files;
     pub(crate) mod images;
     pub(crate) mod logs;
     pub(crate) mod network;
@@ -36,6 +37,7 @@ fn main() -> ExitCode {
         containerd::calls::tests(),
         containerd::containers::tests(),
         containerd::volumes::tests(),
+        containerd::files::tests(),
         containerd::probes::tests(),
         containerd::logs::tests(),
         containerd::network::tests(),

@@ -31,6 +31,7 @@ use crate::{
     board::Board,
     causes::described,
     cgroup::Cgroups,
+    confined::{Directory, removal::Removal},
     cri::{CriError, KnownContainer, KnownSandbox, Labels, ReportedState},
     layout::{Layout, SandboxDirs},
     ledger::{Contents, Entry, Ledger},
@@ -196,9 +197,15 @@ impl Host {
         let layout = shop.layout.clone();
         let cgroups = shop.cgroups.clone();
         let admitted: Vec<SandboxKey> = admitted.keys().cloned().collect();
-        let files = tokio::task::spawn_blocking(move || sweep_files(&layout, &cgroups, &admitted));
-        if let Err(error) = files.await {
-            tracing::warn!(error = %error, "sweeping files broke off");
+        let swept = tokio::task::spawn_blocking(move || sweep_files(&layout, &cgroups, &admitted));
+        match swept.await {
+            // However much it is, the agent serves meanwhile.
+            Ok(left) => drop(tokio::spawn(async move {
+                if let Err(error) = volumes::clear_away(left).await {
+                    tracing::warn!(error = %error, "what earlier sandboxes left stays until the next start");
+                }
+            })),
+            Err(error) => tracing::warn!(error = %error, "sweeping files broke off"),
         }
     }
 
@@ -414,9 +421,12 @@ impl Host {
         }
         let cgroups = shop.cgroups.clone();
         let key = entry.key.clone();
-        let files = tokio::task::spawn_blocking(move || remove_files(&dirs, &cgroups, &key));
-        if let Err(error) = files.await {
-            tracing::warn!(error = %error, "removing files broke off");
+        let removed = tokio::task::spawn_blocking(move || remove_cgroups(&cgroups, &key));
+        if let Err(error) = removed.await {
+            tracing::warn!(error = %error, "removing cgroups broke off");
+        }
+        if let Err(error) = volumes::remove(&dirs).await {
+            tracing::warn!(error = %error, "a sandbox's files stay");
         }
         progress.send_modify(|p| p.gone = true);
     }
@@ -453,28 +463,36 @@ async fn attach_in_the_end(hands: Arc<Hands>) {
     }
 }
 
-fn sweep_files(layout: &Layout, cgroups: &Cgroups, admitted: &[SandboxKey]) {
+/// Takes out of the way what no record names; what is left of it is yet to be removed.
+fn sweep_files(layout: &Layout, cgroups: &Cgroups, admitted: &[SandboxKey]) -> Vec<Removal> {
+    let mut left = vec![];
     for root in layout.roots() {
-        let Ok(entries) = std::fs::read_dir(&root) else {
+        let Ok(directory) = Directory::open(&root) else {
             continue;
         };
-        for name in entries.filter_map(|e| e.ok().map(|e| e.file_name())) {
+        for name in directory.entries().into_iter().flatten().flatten() {
+            if name.to_string_lossy().starts_with(volumes::ASIDE) {
+                left.extend(Removal::of(&directory, &name));
+                continue;
+            }
             let key = name.to_str().and_then(Layout::key_of);
             if let Some(key) = key.filter(|key| !admitted.contains(key)) {
-                remove_files(&layout.sandbox(&key), cgroups, &key);
+                remove_cgroups(cgroups, &key);
+                match volumes::put_aside(&layout.sandbox(&key)) {
+                    Ok(aside) => left.extend(aside),
+                    Err(error) => tracing::warn!(error = %error, "a sandbox's files stay"),
+                }
             }
         }
     }
+    left
 }
 
-fn remove_files(dirs: &SandboxDirs, cgroups: &Cgroups, key: &SandboxKey) {
+fn remove_cgroups(cgroups: &Cgroups, key: &SandboxKey) {
     for parent in Cgroups::parents(key) {
         if let Err(error) = cgroups.remove(&parent) {
             tracing::warn!(cgroup = parent, error = %error, "a pod's cgroup stays");
         }
-    }
-    if let Err(error) = volumes::remove(dirs) {
-        tracing::warn!(error = %error, "a sandbox's files stay");
     }
 }
 

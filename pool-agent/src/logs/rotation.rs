@@ -2,13 +2,15 @@
 //! aside and the runtime opens a new one.
 
 use std::{
-    fs, io,
+    ffi::OsString,
+    io,
     path::{Path, PathBuf},
 };
 
 use jiff::Timestamp;
 
 use crate::{
+    confined::Directory,
     cri::{CriError, Runtime},
     sandbox::event::ContainerId,
 };
@@ -40,26 +42,26 @@ pub async fn rotate(
     path: &Path,
     now: Timestamp,
 ) -> Result<(), RotateError> {
-    if !fs::metadata(path).is_ok_and(|m| m.len() > LARGEST) {
-        return Ok(());
-    }
     let moving = |source| RotateError::Move {
         path: path.to_owned(),
         source,
     };
-    let mut old = aside(path).map_err(moving)?;
+    if !super::open(path).is_ok_and(|log| log.metadata().is_ok_and(|m| m.len() > LARGEST)) {
+        return Ok(());
+    }
+    let (directory, name) = super::in_its_directory(path).map_err(moving)?;
+    let name = name.to_string_lossy();
+    let mut old = aside(&directory, &name).map_err(moving)?;
     // The one being written, and the one it becomes.
     while old.len() + 2 > KEPT {
-        fs::remove_file(old.remove(0)).map_err(moving)?;
+        directory.unlink(old.remove(0)).map_err(moving)?;
     }
-    let mut name = path.as_os_str().to_owned();
     // Sorts by time.
-    name.push(format!(".{}", now.as_nanosecond()));
-    let put_aside = PathBuf::from(name);
-    fs::rename(path, &put_aside).map_err(moving)?;
+    let put_aside = format!("{name}.{}", now.as_nanosecond());
+    directory.rename(&name, &put_aside).map_err(moving)?;
     if let Err(source) = runtime.reopen_log(id).await {
         // It still writes to the file we moved.
-        fs::rename(&put_aside, path).map_err(moving)?;
+        directory.rename(&put_aside, &name).map_err(moving)?;
         return Err(RotateError::Reopen {
             path: path.to_owned(),
             source,
@@ -69,17 +71,12 @@ pub async fn rotate(
 }
 
 /// Files put aside, the oldest first.
-fn aside(path: &Path) -> io::Result<Vec<PathBuf>> {
-    let (Some(directory), Some(name)) = (path.parent(), path.file_name()) else {
-        return Ok(vec![]);
-    };
-    let prefix = format!("{}.", name.to_string_lossy());
-    let mut found: Vec<PathBuf> = fs::read_dir(directory)?
-        .filter_map(|entry| entry.ok().map(|e| e.path()))
-        .filter(|p| {
-            p.file_name()
-                .is_some_and(|n| n.to_string_lossy().starts_with(&prefix))
-        })
+fn aside(directory: &Directory, name: &str) -> io::Result<Vec<OsString>> {
+    let prefix = format!("{name}.");
+    let mut found: Vec<OsString> = directory
+        .entries()?
+        .flatten()
+        .filter(|n| n.to_string_lossy().starts_with(&prefix))
         .collect();
     found.sort();
     Ok(found)
@@ -87,12 +84,14 @@ fn aside(path: &Path) -> io::Result<Vec<PathBuf>> {
 
 /// Removes a log with what was put aside of it.
 pub fn remove(path: &Path) {
-    for old in aside(path).unwrap_or_default() {
-        if let Err(error) = fs::remove_file(&old) {
-            tracing::debug!(path = %old.display(), error = %error, "an old log stays");
+    let remove = || {
+        let (directory, name) = super::in_its_directory(path)?;
+        for old in aside(&directory, &name.to_string_lossy())? {
+            directory.unlink(old)?;
         }
-    }
-    match fs::remove_file(path) {
+        directory.unlink(name)
+    };
+    match remove() {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             tracing::debug!(path = %path.display(), error = %error, "an old log stays");
         }

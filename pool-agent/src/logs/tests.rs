@@ -139,3 +139,28 @@ proptest! {
         prop_assert!(writer.take().len() <= 7);
     }
 }
+
+#[tokio::test]
+async fn a_link_in_a_logs_place_is_not_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let secret = directory.path().join("secret");
+    std::fs::write(&secret, "2026-11-23T12:00:00Z stdout F the host's own\n").unwrap();
+    let logs = directory.path().join("main");
+    std::fs::create_dir(&logs).unwrap();
+    let path = logs.join("0.log");
+    std::os::unix::fs::symlink(&secret, &path).unwrap();
+    assert_eq!(last_lines(&path, 10, 1000), "");
+    for tail_lines in [None, Some(5)] {
+        let request = Request {
+            tail_lines,
+            ..Request::default()
+        };
+        let (to, mut from) = mpsc::channel(4);
+        stream(&path, request, || false, to).await;
+        let told = from.recv().await.unwrap();
+        assert!(told.is_err(), "{told:?}");
+        assert!(from.recv().await.is_none());
+    }
+    remove(&path);
+    assert!(secret.exists() && !path.is_symlink());
+}

@@ -7,7 +7,7 @@
 use std::{collections::HashMap, future::Future, net::Ipv4Addr, sync::Arc};
 
 use pool_agent_api::{
-    SandboxSpec, TenantId,
+    Invalid, SandboxSpec, TenantId,
     spec::Volume,
     status::{EventContainer, MeshState, PodEvent, SandboxState},
 };
@@ -37,10 +37,26 @@ pub enum Command {
     /// Replaces contents of file volumes.
     Update {
         volumes: Vec<Volume>,
-        done: oneshot::Sender<Result<(), Trouble>>,
+        done: oneshot::Sender<Result<(), UpdateError>>,
     },
     /// Something to look into.
     Sign(Sign),
+}
+
+/// Why contents were not replaced.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum UpdateError {
+    /// Nothing was touched.
+    #[error(transparent)]
+    Invalid(#[from] Invalid),
+    #[error("{}", .0.message)]
+    Failed(Trouble),
+}
+
+impl From<Trouble> for UpdateError {
+    fn from(trouble: Trouble) -> Self {
+        Self::Failed(trouble)
+    }
 }
 
 /// The hands of a driver. The real ones are [`super::perform::Hands`].
@@ -60,7 +76,7 @@ pub trait Perform: Send + Sync + 'static {
         events: mpsc::Sender<Event>,
     ) -> impl Future<Output = ()> + Send;
 
-    fn update(&self, volumes: Vec<Volume>) -> impl Future<Output = Result<(), Trouble>> + Send;
+    fn update(&self, volumes: Vec<Volume>) -> impl Future<Output = Result<(), UpdateError>> + Send;
 }
 
 /// What others can see of a driver without asking it.
@@ -136,7 +152,7 @@ pub async fn run<P: Perform>(
                     let result = if lifecycle.volumes_stand() {
                         hands.update(volumes).await
                     } else {
-                        Err(Trouble::new("NotRunning", "the sandbox has no volumes to update at this time"))
+                        Err(Trouble::new("NotRunning", "the sandbox has no volumes to update at this time").into())
                     };
                     if done.send(result).is_err() {
                         tracing::debug!("whoever asked for an update has gone");

@@ -42,15 +42,12 @@ pub async fn watch(
         let Ok(permit) = WALKS.acquire().await else {
             return;
         };
-        let walked = volumes.clone();
-        let walk = tokio::task::spawn_blocking(move || {
-            let begun = Instant::now();
-            (over(&walked), begun.elapsed())
-        });
-        let walk = walk.await;
+        let begun = Instant::now();
+        let over = over(&volumes).await;
+        let took = begun.elapsed();
         drop(permit);
-        match walk {
-            Ok((Some(message), _)) => {
+        match over {
+            Some(message) => {
                 if commands
                     .send(Command::Event(Event::Evict("Evicted", message)))
                     .await
@@ -60,26 +57,29 @@ pub async fn watch(
                 }
                 return;
             }
-            Ok((None, took)) => pause = PERIOD.max(took * SHARE),
-            Err(error) => tracing::warn!(error = %error, "measuring volumes broke off"),
+            None => pause = PERIOD.max(took * SHARE),
         }
     }
 }
 
 /// What is told of the first volume that is too large, in a kubelet's words.
-fn over(volumes: &[(VolumeName, PathBuf, u64)]) -> Option<String> {
-    let too_large = |path: &PathBuf, limit: u64| {
-        usage::exceeds(path, limit).unwrap_or_else(|error| {
+async fn over(volumes: &[(VolumeName, PathBuf, u64)]) -> Option<String> {
+    for (volume, path, limit) in volumes {
+        match usage::exceeds(path, *limit).await {
+            Ok(false) => {}
+            Ok(true) => {
+                return Some(format!(
+                    "Usage of EmptyDir volume \"{volume}\" exceeds the limit \"{}\". ",
+                    quantity(*limit)
+                ));
+            }
             // Not made yet, or gone already.
-            tracing::debug!(path = %path.display(), error = %error, "a volume was not measured");
-            false
-        })
-    };
-    let (volume, _, limit) = volumes.iter().find(|(_, path, limit)| too_large(path, *limit))?;
-    Some(format!(
-        "Usage of EmptyDir volume \"{volume}\" exceeds the limit \"{}\". ",
-        quantity(*limit)
-    ))
+            Err(error) => {
+                tracing::debug!(path = %path.display(), error = %error, "a volume was not measured");
+            }
+        }
+    }
+    None
 }
 
 /// An amount of bytes as Kubernetes would most likely have been given it: with the

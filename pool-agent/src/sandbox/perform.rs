@@ -21,7 +21,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{
     clock::Clock,
-    driver::Perform,
+    driver::{Perform, UpdateError},
     event::{
         ContainerId, Effect, Event, HookKind, ProbeKind, Pulled, SandboxId, Slot, StartFailure, Started,
         Teardown, Trouble,
@@ -32,6 +32,7 @@ use crate::{
     causes::described,
     cgroup::{Cgroups, PodLimits},
     cni::{Add, Desk, Joined},
+    confined::Directory,
     cri::{
         CriError, ImageInfo, ImageUser, LEFTOVER_POLL, LEFTOVER_POLLS, Labels, ReportedState, Runtime,
         config::{self, HostMount, Placement, Qos},
@@ -41,6 +42,7 @@ use crate::{
     layout::{Layout, SandboxDirs},
     logs,
     network::{POD_GATEWAY, Router},
+    policy,
     probes::{self, Prober},
     spec_file,
     user_ids::IdRange,
@@ -65,6 +67,8 @@ pub struct Workshop {
     pub layout: Layout,
     pub cgroups: Cgroups,
     pub clock: Clock,
+    /// What a pod may have the host hold for it.
+    pub files: policy::files::Files,
     /// Pulls at a time.
     pub pulls: Semaphore,
 }
@@ -130,13 +134,15 @@ impl Hands {
     }
 
     async fn prepare_volumes(&self) -> Result<(), Trouble> {
+        const REASON: &str = "FailedMount";
         let dirs = self.dirs.clone();
-        blocking(move || -> Result<(), Trouble> {
-            // The contents are on disk alone; see `admission::slim`.
-            let spec = spec_file::read(&dirs).map_err(|e| Trouble::new("FailedMount", e))?;
-            volumes::prepare(&spec, &dirs).map_err(|e| Trouble::new("FailedMount", e))
-        })
-        .await?
+        // The contents are on disk alone; see `admission::slim`.
+        let spec = blocking(move || spec_file::read(&dirs))
+            .await?
+            .map_err(|e| Trouble::new(REASON, e))?;
+        volumes::prepare(spec, self.dirs.clone(), self.shop.files)
+            .await
+            .map_err(|e| Trouble::new(REASON, e))
     }
 
     async fn run_sandbox(&self) -> Result<SandboxId, Trouble> {
@@ -147,7 +153,7 @@ impl Hands {
         let parent = Cgroups::parent(self.key(), Qos::of(&self.spec));
         let limits = PodLimits::of(&self.spec);
         blocking(move || {
-            std::fs::create_dir_all(logs)?;
+            Directory::ensure(&logs)?;
             cgroups.create(&parent, limits)
         })
         .await?
@@ -291,12 +297,9 @@ impl Hands {
                 .unplug(self.key(), self.address)
                 .await
                 .map_err(|e| Trouble::new("FailedKillPod", described(&e))),
-            Teardown::Volumes => {
-                let dirs = self.dirs.clone();
-                blocking(move || volumes::release(&dirs))
-                    .await?
-                    .map_err(|e| Trouble::new("FailedUnmount", e))
-            }
+            Teardown::Volumes => volumes::release(&self.dirs)
+                .await
+                .map_err(|e| Trouble::new("FailedUnmount", e)),
         }
     }
 
@@ -304,16 +307,14 @@ impl Hands {
         self.remove_sandboxes()
             .await
             .map_err(|e| Trouble::new("FailedKillPod", e))?;
-        let dirs = self.dirs.clone();
         let cgroups = self.shop.cgroups.clone();
         let parent = Cgroups::parent(self.key(), Qos::of(&self.spec));
-        blocking(move || {
-            cgroups
-                .remove(&parent)
-                .map_err(|e| Trouble::new("FailedKillPod", format_args!("removing the pod's cgroup: {e}")))?;
-            volumes::remove(&dirs).map_err(|e| Trouble::new("FailedKillPod", e))
-        })
-        .await?
+        blocking(move || cgroups.remove(&parent))
+            .await?
+            .map_err(|e| Trouble::new("FailedKillPod", format_args!("removing the pod's cgroup: {e}")))?;
+        volumes::remove(&self.dirs)
+            .await
+            .map_err(|e| Trouble::new("FailedKillPod", e))
     }
 
     // ---- images
@@ -444,9 +445,10 @@ impl Hands {
     async fn mounts(&self, slot: Slot, restart: u32) -> Result<Vec<HostMount>, Trouble> {
         let spec = self.spec.clone();
         let dirs = self.dirs.clone();
-        let (pod, host) = (self.address, self.shop.address);
+        let addresses = (self.address, self.shop.address);
+        let bounds = self.shop.files;
         blocking(move || match spec.all_containers().nth(slot.0) {
-            Some(container) => volumes::mounts(&spec, container, restart, &dirs, pod, host)
+            Some(container) => volumes::mounts(&spec, container, restart, &dirs, addresses, bounds)
                 .map_err(|e| Trouble::new("CreateContainerConfigError", e)),
             None => Ok(vec![]),
         })
@@ -473,14 +475,15 @@ impl Hands {
         let Some(container) = self.container(slot) else {
             return end;
         };
-        let message = self.dirs.message(&container.name, restart);
+        let messages = self.dirs.messages();
+        let message = SandboxDirs::message_name(&container.name, restart);
         let log = self
             .dirs
             .logs()
             .join(SandboxDirs::log_name(&container.name, restart));
         let from_log = container.termination_message.fallback_to_logs && end.exit_code != 0;
         let words = blocking(move || {
-            let words = last_words(&message);
+            let words = last_words(&messages, &message);
             if words.is_empty() && from_log {
                 return logs::last_lines(&log, FALLBACK_LINES, FALLBACK_BYTES);
             }
@@ -599,11 +602,13 @@ impl Perform for Hands {
                         .dirs
                         .logs()
                         .join(SandboxDirs::log_name(&container.name, restart));
-                    let message = self.dirs.message(&container.name, restart);
+                    let messages = self.dirs.messages();
+                    let message = SandboxDirs::message_name(&container.name, restart);
                     let removal = blocking(move || {
                         logs::remove(&log);
-                        // An empty file that stays does no harm.
-                        let _gone = std::fs::remove_file(message).is_ok();
+                        if let Err(error) = Directory::open(&messages).and_then(|m| m.unlink(&message)) {
+                            tracing::debug!(error = %error, "old last words stay until their sandbox goes");
+                        }
                     });
                     if let Err(trouble) = removal.await {
                         tracing::debug!(error = trouble.message, "an old log stays until its sandbox goes");
@@ -652,14 +657,24 @@ impl Perform for Hands {
         }
     }
 
-    async fn update(&self, volumes: Vec<Volume>) -> Result<(), Trouble> {
+    async fn update(&self, volumes: Vec<Volume>) -> Result<(), UpdateError> {
+        let failed = |e: &dyn std::fmt::Display| UpdateError::Failed(Trouble::new("FailedMount", e));
+        volumes::change::check(&self.spec, &volumes)?;
         let dirs = self.dirs.clone();
         let security = self.spec.security.clone();
-        blocking(move || {
-            spec_file::update(&dirs, &volumes).map_err(|e| Trouble::new("FailedMount", e))?;
-            volumes::update(&volumes, &security, &dirs).map_err(|e| Trouble::new("FailedMount", e))
+        let bounds = self.shop.files;
+        let left = blocking(move || {
+            let spec = spec_file::with(&dirs, &volumes).map_err(|e| failed(&e))?;
+            bounds.check(&spec)?;
+            let stage = volumes::Stage::set(&volumes, &security, &dirs).map_err(|e| failed(&e))?;
+            if let Err(error) = spec_file::write(&dirs, spec) {
+                stage.discard();
+                return Err(failed(&error));
+            }
+            stage.commit().map_err(|e| failed(&e))
         })
-        .await?
+        .await??;
+        volumes::clear_away(left).await.map_err(|e| failed(&e))
     }
 }
 
@@ -691,11 +706,12 @@ fn vanished(id: &ContainerId, at: Timestamp) -> Terminated {
     }
 }
 
-fn last_words(path: &std::path::Path) -> String {
+fn last_words(messages: &std::path::Path, name: &str) -> String {
     use std::io::Read;
     let mut bytes = vec![];
     let limit = u64::try_from(MESSAGE_BYTES).unwrap_or(u64::MAX);
-    match std::fs::File::open(path).and_then(|file| file.take(limit).read_to_end(&mut bytes)) {
+    let opened = Directory::open(messages).and_then(|messages| messages.file(name));
+    match opened.and_then(|file| file.take(limit).read_to_end(&mut bytes)) {
         Ok(_) => String::from_utf8_lossy(&bytes).into_owned(),
         Err(_) => String::new(),
     }
@@ -711,6 +727,21 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn last_words_are_those_of_a_file_and_of_nothing_it_leads_to() {
+        let directory = tempfile::tempdir().unwrap();
+        let messages = directory.path().join("messages");
+        std::fs::create_dir(&messages).unwrap();
+        std::fs::write(directory.path().join("secret"), "the host's own").unwrap();
+        std::os::unix::fs::symlink("../secret", messages.join("led-0")).unwrap();
+        std::fs::write(messages.join("long-0"), "x".repeat(2 * MESSAGE_BYTES)).unwrap();
+        assert_eq!(last_words(&messages, "led-0"), "");
+        assert_eq!(last_words(&messages, "../secret"), "");
+        assert_eq!(last_words(&messages, "long-0").len(), MESSAGE_BYTES);
+        std::os::unix::fs::symlink(&messages, directory.path().join("elsewhere")).unwrap();
+        assert_eq!(last_words(&directory.path().join("elsewhere"), "long-0"), "");
+    }
 
     #[test]
     fn a_container_that_must_not_be_root_is_held_to_it() {

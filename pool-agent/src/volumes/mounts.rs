@@ -2,32 +2,41 @@
 
 use std::{
     ffi::OsString,
-    fs::{self, File},
-    io,
+    fs, io,
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsFd, OwnedFd},
         unix::{ffi::OsStringExt, fs::MetadataExt},
     },
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
 };
 
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, OpenHow, ResolveFlag, openat2},
     mount::{MntFlags, MsFlags, mount, umount2},
-    sys::stat::{Mode, mkdirat},
 };
 
-/// A tmpfs that holds no devices and no programs that gain rights.
-pub(super) fn tmpfs(path: &Path, bytes: Option<u64>, mode: u32) -> io::Result<()> {
-    let mut options = format!("mode={mode:o}");
-    if let Some(bytes) = bytes {
+use crate::confined::{Directory, Owned, removal::Removal, slices::at_once, through};
+
+/// How much a tmpfs may hold; None: half of the host's memory.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Room {
+    pub(super) bytes: Option<u64>,
+    pub(super) inodes: Option<u64>,
+}
+
+/// Mounts a tmpfs that holds no devices and no programs that gain rights.
+pub(super) fn tmpfs(on: &Directory, room: Room, root: Owned) -> io::Result<()> {
+    let mut options = format!("mode={:o},uid={},gid={}", root.mode, root.uid, root.gid);
+    if let Some(bytes) = room.bytes {
         // The kernel counts in pages and takes 0 for "no limit".
         options.push_str(&format!(",size={}", bytes.max(4096)));
     }
+    if let Some(inodes) = room.inodes {
+        options.push_str(&format!(",nr_inodes={}", inodes.max(1)));
+    }
     mount(
         Some("tmpfs"),
-        path,
+        &through(&on.as_fd()),
         Some("tmpfs"),
         MsFlags::MS_NOSUID | MsFlags::MS_NODEV,
         Some(options.as_str()),
@@ -44,54 +53,27 @@ pub(super) fn is_mount_point(path: &Path) -> bool {
     }
 }
 
-/// Opens a path below a directory, making directories that are missing. Links
-/// are followed as long as they stay below it.
-pub(super) fn open_beneath(root: &Path, path: &Path) -> io::Result<OwnedFd> {
-    let how = || {
-        OpenHow::new()
-            .flags(OFlag::O_PATH | OFlag::O_CLOEXEC)
-            .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS)
-    };
-    let root = File::open(root)?;
-    match openat2(&root, path, how()) {
-        Ok(fd) => return Ok(fd),
-        Err(Errno::ENOENT) => {}
-        Err(error) => return Err(error.into()),
-    }
-    let mut at: OwnedFd = root.into();
-    for part in path.components() {
-        let Component::Normal(name) = part else {
-            return Err(io::ErrorKind::InvalidInput.into());
-        };
-        match mkdirat(&at, name, Mode::from_bits_truncate(0o755)) {
-            Ok(()) | Err(Errno::EEXIST) => {}
-            Err(error) => return Err(error.into()),
-        }
-        at = openat2(&at, name, how())?;
-    }
-    Ok(at)
-}
-
-/// Mounts what was opened at `target`, in place of what an earlier run had there.
-pub(super) fn bind(opened: &OwnedFd, target: &Path) -> io::Result<()> {
-    unmount_below(target)?;
-    let source = PathBuf::from(format!("/proc/self/fd/{}", opened.as_raw_fd()));
-    if let Some(directory) = target.parent() {
-        fs::create_dir_all(directory)?;
-    }
+/// Mounts what was opened under a name, in place of what an earlier run had there.
+pub(super) fn bind(opened: &OwnedFd, place: &Path, name: &str) -> io::Result<PathBuf> {
+    let target = place.join(name);
+    unmount_below(&target)?;
+    let place = Directory::ensure(place)?;
+    // Empty: it was mounted over.
+    Removal::of(&place, name).and_then(at_once)?;
+    let source = through(opened);
     if fs::metadata(&source)?.is_dir() {
-        fs::create_dir_all(target)?;
+        place.make(name, Owned::ours(0o700))?;
     } else {
-        File::create(target)?;
+        place.create(name, b"", Owned::ours(0o600))?;
     }
     mount(
         Some(&source),
-        target,
+        &target,
         None::<&str>,
         MsFlags::MS_BIND,
         None::<&str>,
     )?;
-    Ok(())
+    Ok(target)
 }
 
 /// Unmounts whatever is mounted at or below a path, the innermost first.

@@ -1,8 +1,13 @@
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::fs::{PermissionsExt, symlink},
+};
 
 use pool_agent_api::spec::{EmptyDir, File, Files};
 
 use super::*;
+use crate::confined::slices::at_once;
 use crate::{layout::Layout, sandbox::lifecycle::tests_support::spec};
 
 fn file(path: &str, content: &str) -> File {
@@ -63,12 +68,19 @@ fn pairs(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
     pairs.iter().map(|(a, b)| ((*a).into(), (*b).into())).collect()
 }
 
+/// As the driver does it.
+fn replace(volumes: &[Volume], dirs: &SandboxDirs) -> Result<(), VolumeError> {
+    for left in Stage::set(volumes, &PodSecurity::default(), dirs)?.commit()? {
+        at_once(left).map_err(at("removing", Path::new("left")))?;
+    }
+    Ok(())
+}
+
 #[test]
 fn files_are_replaced_all_at_once_and_what_is_gone_is_gone() {
     let place = place();
-    let security = PodSecurity::default();
     let root = place.dirs.disk_volume(&"config".parse().unwrap());
-    let write = |files| update(&[volume(files)], &security, &place.dirs).unwrap();
+    let write = |files| replace(&[volume(files)], &place.dirs).unwrap();
     write(vec![file("a", "1"), file("deep/er/b", "2")]);
     assert_eq!(seen(&root), pairs(&[("a", "1"), ("deep/er/b", "2")]));
     let version = fs::read_link(root.join("..data")).unwrap();
@@ -94,46 +106,159 @@ fn files_are_replaced_all_at_once_and_what_is_gone_is_gone() {
 #[test]
 fn a_swap_that_broke_off_half_way_is_done_again() {
     let place = place();
-    let security = PodSecurity::default();
     let root = place.dirs.disk_volume(&"config".parse().unwrap());
-    let write = |files| update(&[volume(files)], &security, &place.dirs).unwrap();
+    let write = |files| replace(&[volume(files)], &place.dirs).unwrap();
     write(vec![file("a", "1")]);
     // As a crash leaves it: the next version begun, the link beside.
     fs::create_dir(root.join("..v2")).unwrap();
     fs::write(root.join("..v2/junk"), "x").unwrap();
-    std::os::unix::fs::symlink("..v2", root.join("..data_tmp")).unwrap();
+    symlink("..v2", root.join("..data_tmp")).unwrap();
     write(vec![file("a", "2")]);
     assert_eq!(seen(&root), pairs(&[("a", "2")]));
 }
 
+/// What a pod that can write its file volumes, or had one taken for another, may plant.
 #[test]
-fn a_sub_path_cannot_leave_its_volume() {
+fn what_a_pod_plants_in_a_volume_leads_the_host_nowhere() {
     let place = place();
-    let root = place.dirs.disk().join("volumes/data");
-    fs::create_dir_all(root.join("inside")).unwrap();
-    std::os::unix::fs::symlink("inside", root.join("link")).unwrap();
-    std::os::unix::fs::symlink("/etc", root.join("absolute")).unwrap();
-    std::os::unix::fs::symlink("../../..", root.join("up")).unwrap();
-    for (path, opens) in [
-        ("inside", true),
-        ("link", true),
-        ("new/deep", true),
-        ("absolute", false),
-        ("up", false),
-        ("up/x", false),
-        ("absolute/passwd", false),
-    ] {
-        assert_eq!(
-            mounts::open_beneath(&root, Path::new(path)).is_ok(),
-            opens,
-            "{path}"
-        );
+    let host = place.dirs.disk().join("host");
+    fs::create_dir_all(&host).unwrap();
+    fs::write(host.join("a"), "the host's own").unwrap();
+    let root = place.dirs.disk_volume(&"config".parse().unwrap());
+    let write = |files| replace(&[volume(files)], &place.dirs).unwrap();
+    write(vec![file("a", "1"), file("deep/b", "1")]);
+    let plant = |name: &str, target: &Path| {
+        at_once(Removal::of(&Directory::open(&root).unwrap(), name).unwrap()).unwrap();
+        symlink(target, root.join(name)).unwrap();
+    };
+    let plants: [&dyn Fn(); 8] = [
+        &|| plant("..data", &host),
+        &|| plant("..data", Path::new("../../host")),
+        &|| plant("..data", Path::new("..")),
+        &|| plant("..v1", &host),
+        &|| plant("a", &host.join("a")),
+        &|| plant("..data_tmp", &host),
+        &|| plant("other", &host),
+        &|| {
+            plant("a", &host);
+            fs::remove_file(root.join("a")).unwrap();
+            fs::create_dir_all(root.join("a/full/of/them")).unwrap();
+            fs::remove_file(root.join("..data")).unwrap();
+            fs::create_dir_all(root.join("..data/full")).unwrap();
+            symlink(&host, root.join("..data/full/link")).unwrap();
+        },
+    ];
+    for (i, plant) in plants.iter().enumerate() {
+        plant();
+        // Once with what it held, and once with something else.
+        for content in ["1", &i.to_string()] {
+            write(vec![file("a", content), file("deep/b", content)]);
+            assert_eq!(
+                seen(&root),
+                pairs(&[("a", content), ("deep/b", content)]),
+                "plant {i}"
+            );
+            assert_eq!(
+                fs::read_to_string(host.join("a")).unwrap(),
+                "the host's own",
+                "plant {i}"
+            );
+            assert_eq!(fs::read_dir(&host).unwrap().count(), 1, "plant {i}");
+        }
+        assert!(!root.join("other").exists());
     }
-    assert!(root.join("new/deep").is_dir());
+    // Its files themselves for links, which are read to see whether they are the same.
+    let version = root.join(fs::read_link(root.join("..data")).unwrap());
+    fs::write(host.join("a"), "2").unwrap();
+    fs::remove_file(version.join("a")).unwrap();
+    symlink(host.join("a"), version.join("a")).unwrap();
+    write(vec![file("a", "2"), file("deep/b", "7")]);
+    assert!(
+        !root.join("..data/a").is_symlink(),
+        "a link was taken for the file"
+    );
 }
 
 #[test]
-fn a_container_mounts_its_volumes_its_hosts_file_and_a_place_for_last_words() {
+fn contents_that_cannot_be_laid_out_change_no_volume() {
+    let place = place();
+    let named = |name: &str, files| Volume {
+        name: name.parse().unwrap(),
+        ..volume(files)
+    };
+    let both = |content: &str| {
+        [
+            named("a", vec![file("x", content)]),
+            named("b", vec![file("x", content)]),
+        ]
+    };
+    replace(&both("1"), &place.dirs).unwrap();
+    // Where the second should go there is something else.
+    let second = place.dirs.disk_volume(&"b".parse().unwrap());
+    fs::rename(&second, second.with_extension("aside")).unwrap();
+    fs::write(&second, "").unwrap();
+    let error = replace(&both("2"), &place.dirs).unwrap_err().to_string();
+    assert!(error.contains("volume b"), "{error}");
+    let first = place.dirs.disk_volume(&"a".parse().unwrap());
+    assert_eq!(seen(&first), pairs(&[("x", "1")]));
+    assert_eq!(
+        fs::read_dir(&first).unwrap().count(),
+        3,
+        "..data, its version, and the link"
+    );
+}
+
+#[test]
+fn an_empty_dir_has_its_name_only_once_it_is_whole() {
+    let place = place();
+    let scratch = Volume {
+        name: "scratch".parse().unwrap(),
+        source: VolumeSource::EmptyDir(EmptyDir::default()),
+    };
+    let spec = spec("a", |parts| parts.volumes = vec![scratch.clone()]);
+    let make = || make_empty(&scratch, EmptyDir::default(), &spec, &place.dirs);
+    let path = place.dirs.disk_volume(&scratch.name);
+    // As a crash leaves it.
+    fs::create_dir_all(path.with_file_name(".scratch")).unwrap();
+    make().unwrap();
+    let mode = || fs::metadata(&path).unwrap().permissions().mode() & 0o7777;
+    assert_eq!(mode(), 0o777);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).unwrap();
+    fs::write(path.join("kept"), "x").unwrap();
+    make().unwrap();
+    assert_eq!(mode(), 0o700, "one in use is left alone");
+    assert!(path.join("kept").exists());
+    // A link in its place is no emptyDir.
+    at_once(Removal::of(&Directory::open(&place.dirs.disk_volumes()).unwrap(), "scratch").unwrap()).unwrap();
+    symlink("/", &path).unwrap();
+    assert!(make().is_err());
+}
+
+#[test]
+fn what_has_no_limit_in_memory_is_held_to_what_the_pod_may_use() {
+    let limited = |limits: [Option<u64>; 2]| {
+        let spec = spec("a", |parts| {
+            let first = parts.containers[0].clone();
+            parts.containers = limits
+                .iter()
+                .enumerate()
+                .map(|(i, limit)| {
+                    let mut container = first.clone();
+                    container.name = format!("c{i}").parse().unwrap();
+                    container.resources.memory_limit_bytes = *limit;
+                    container
+                })
+                .collect();
+        });
+        memory_limit(&spec)
+    };
+    assert_eq!(limited([Some(1), Some(2)]), Some(3));
+    assert_eq!(limited([Some(1), None]), None);
+    assert_eq!(limited([Some(1), Some(0)]), None);
+}
+
+#[tokio::test]
+async fn a_container_mounts_its_volumes_what_it_is_given_and_a_place_for_last_words() {
     let place = place();
     let spec = spec("a", |parts| {
         parts.volumes = vec![
@@ -149,12 +274,18 @@ fn a_container_mounts_its_volumes_its_hosts_file_and_a_place_for_last_words() {
             read_only: false,
             sub_path: None,
         };
+        parts.network.searches = vec!["a.test".into(), "b.test".into()];
+        parts.network.nameservers = vec!["10.0.0.10".parse().unwrap()];
+        parts.network.dns_options = vec!["ndots:5".into()];
         parts.containers[0].mounts = vec![mount("config", "/etc/config"), mount("scratch", "/scratch")];
     });
-    prepare(&spec, &place.dirs).unwrap();
-    let pod = "10.77.1.2".parse().unwrap();
-    let host = "192.0.2.1".parse().unwrap();
-    let all = mounts(&spec, &spec.containers[0], 0, &place.dirs, pod, host).unwrap();
+    replace(&spec.volumes, &place.dirs).unwrap();
+    make_empty(&spec.volumes[1], EmptyDir::default(), &spec, &place.dirs).unwrap();
+    let addresses = ("10.77.1.2".parse().unwrap(), "192.0.2.1".parse().unwrap());
+    // Not mounted: that takes root, which unit tests need not be.
+    let given = Directory::ensure(&place.dirs.given()).unwrap();
+    let again = || mounts_beside(&given, &spec, &spec.containers[0], 0, &place.dirs, addresses).unwrap();
+    let all = again();
     let list: Vec<_> = all
         .iter()
         .map(|m| (m.container_path.as_str(), m.read_only))
@@ -165,21 +296,42 @@ fn a_container_mounts_its_volumes_its_hosts_file_and_a_place_for_last_words() {
             ("/etc/config", true),
             ("/scratch", false),
             ("/etc/hosts", false),
+            ("/etc/hostname", false),
+            ("/etc/resolv.conf", false),
             ("/dev/termination-log", false)
         ]
     );
     assert!(all.iter().all(|m| m.host_path.exists()));
     let hosts = fs::read_to_string(place.dirs.hosts()).unwrap();
     assert!(hosts.ends_with("10.77.1.2\tweb-0\n"), "{hosts}");
-    let mode = fs::metadata(&all[1].host_path).unwrap().permissions().mode();
-    assert_eq!(mode & 0o7777, 0o777);
-    fs::write(all[1].host_path.join("kept"), "x").unwrap();
-    prepare(&spec, &place.dirs).unwrap();
-    assert!(
-        all[1].host_path.join("kept").exists(),
-        "an emptyDir in use is left alone"
+    assert_eq!(fs::read_to_string(place.dirs.hostname()).unwrap(), "web-0\n");
+    let resolver = fs::read_to_string(place.dirs.resolver()).unwrap();
+    assert_eq!(
+        resolver,
+        "search a.test b.test\nnameserver 10.0.0.10\noptions ndots:5\n"
     );
-    remove(&place.dirs).unwrap();
+    // What a container has written there stays.
+    fs::write(place.dirs.hosts(), "mine").unwrap();
+    fs::write(place.dirs.message(&spec.containers[0].name, 0), "ended").unwrap();
+    assert_eq!(again(), all);
+    assert_eq!(fs::read_to_string(place.dirs.hosts()).unwrap(), "mine");
+    remove(&place.dirs).await.unwrap();
     assert!(!place.dirs.disk().exists() && !place.dirs.run().exists());
-    remove(&place.dirs).unwrap();
+    remove(&place.dirs).await.unwrap();
+}
+
+#[test]
+fn what_no_record_names_is_out_of_the_way_at_once() {
+    let place = place();
+    replace(&[volume(vec![file("a", "1")])], &place.dirs).unwrap();
+    let left = put_aside(&place.dirs).unwrap();
+    assert!(!place.dirs.disk().exists());
+    // The same sandbox may come again before it is removed, and be left again.
+    replace(&[volume(vec![file("a", "2")])], &place.dirs).unwrap();
+    let more = put_aside(&place.dirs).unwrap();
+    for removal in left.into_iter().chain(more) {
+        at_once(removal).unwrap();
+    }
+    let root = place.dirs.disk().parent().unwrap();
+    assert_eq!(fs::read_dir(root).unwrap().count(), 0);
 }

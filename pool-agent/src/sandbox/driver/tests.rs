@@ -106,7 +106,7 @@ impl Perform for Fake {
         std::future::pending::<()>().await;
     }
 
-    async fn update(&self, _: Vec<Volume>) -> Result<(), Trouble> {
+    async fn update(&self, _: Vec<Volume>) -> Result<(), UpdateError> {
         self.note("update");
         Ok(())
     }
