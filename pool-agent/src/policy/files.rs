@@ -4,8 +4,12 @@
 use pool_agent_api::{
     Invalid, SandboxSpec,
     spec::{Files as Contents, VolumeSource},
+    wire,
 };
+use prost::Message;
 use serde::{Deserialize, Deserializer, de::Error};
+
+use crate::admission::slim;
 
 /// What a file takes at least, as a directory does.
 pub const PAGE: u64 = 4096;
@@ -19,6 +23,10 @@ pub struct Files {
     /// bytes, whole pages counted; a change needs as much again for a moment.
     #[serde(deserialize_with = "enough")]
     pub contents_bytes: u64,
+    /// What the rest of a pod's spec may take (commands, environment, probes, …), in
+    /// bytes as it is sent: it is kept in memory for as long as the pod is here.
+    #[serde(deserialize_with = "enough")]
+    pub spec_bytes: u64,
     /// What a pod's containers may write to /etc/hosts, /etc/hostname, /etc/resolv.conf
     /// and as their last words, together, in bytes.
     #[serde(deserialize_with = "enough")]
@@ -33,6 +41,8 @@ impl Default for Files {
         Self {
             // A ConfigMap or a Secret is at most 1 MiB.
             contents_bytes: 16 << 20,
+            // A Pod is at most 1.5 MiB; its environment may be of ConfigMaps too.
+            spec_bytes: 4 << 20,
             given_bytes: 1 << 20,
             mounts: 256,
         }
@@ -70,6 +80,17 @@ impl Files {
                 ),
             ));
         }
+        let rest = sent(&slim(spec.clone()));
+        if rest > self.spec_bytes {
+            return Err(Invalid::new(
+                "containers",
+                format_args!(
+                    "and the rest of the spec take {rest} bytes, over the {} a pod may have on this host: \
+                     shorten commands and environments",
+                    self.spec_bytes
+                ),
+            ));
+        }
         let sub_paths = spec
             .all_containers()
             .flat_map(|container| &container.mounts)
@@ -91,6 +112,12 @@ impl Files {
         }
         Ok(())
     }
+}
+
+/// The length of a spec as it is sent.
+fn sent(spec: &SandboxSpec) -> u64 {
+    let length = wire::SandboxSpec::from(spec.clone()).encoded_len();
+    u64::try_from(length).unwrap_or(u64::MAX)
 }
 
 /// In whole pages, with the directories. Paths are read as often as they have parts, so
@@ -166,6 +193,19 @@ mod tests {
             let error = check(volumes).unwrap_err();
             assert_eq!(error.field, "volumes");
         }
+    }
+
+    #[test]
+    fn the_rest_of_a_spec_is_bounded_apart_from_its_contents() {
+        let with = |argument: usize, contents: usize| {
+            spec("a", |parts| {
+                parts.containers[0].args = vec![pool_agent_api::spec::Text::literal("x".repeat(argument))];
+                parts.volumes = vec![volume("a", vec![("x".into(), contents)])];
+            })
+        };
+        let bounds = Files::default();
+        bounds.check(&with(3 << 20, 8 << 20)).unwrap();
+        assert_eq!(bounds.check(&with(5 << 20, 0)).unwrap_err().field, "containers");
     }
 
     #[test]
