@@ -45,7 +45,7 @@ impl Sentinel {
     }
 
     /// As it was, and gone.
-    fn is_untouched(self) -> anyhow::Result<()> {
+    fn untouched(self) -> anyhow::Result<()> {
         let secret = self.0.join("secret");
         let content = std::fs::read_to_string(&secret).context("the host's file is gone")?;
         ensure!(content == SECRET, "the host's file was written: {content:?}");
@@ -114,7 +114,7 @@ async fn an_update_that_names_an_empty_dir_is_refused_before_anything_is_touched
     let seen = web.exec("main", &["cat", "/config/one"]).await?;
     ensure!(seen == "2", "{seen}");
     web.forget().await?;
-    sentinel.is_untouched()
+    sentinel.untouched()
 }
 
 /// As a container plants it that may mount, and so write what is mounted read-only.
@@ -155,7 +155,7 @@ async fn what_is_planted_in_a_file_volume_leads_the_host_nowhere(host: &Host) ->
         symlink(sentinel.path(), root.join("left"))?;
     }
     web.forget().await?;
-    sentinel.is_untouched()
+    sentinel.untouched()
 }
 
 /// Deeper than the kernel takes a path: only who counts to the bottom finds what is
@@ -180,7 +180,7 @@ async fn a_tree_of_any_depth_and_names_is_measured_and_removed(host: &Host) -> a
     web.until_stopped().await?;
     // Nothing of it is left.
     web.forget().await?;
-    sentinel.is_untouched()
+    sentinel.untouched()
 }
 
 async fn a_pod_that_fills_what_it_is_given_fills_nobody_elses(host: &Host) -> anyhow::Result<()> {
@@ -266,7 +266,7 @@ async fn last_words_are_never_what_a_link_leads_to(host: &Host) -> anyhow::Resul
         );
     }
     web.forget().await?;
-    sentinel.is_untouched()
+    sentinel.untouched()
 }
 
 async fn a_sub_path_through_a_planted_link_is_refused(host: &Host) -> anyhow::Result<()> {
@@ -308,7 +308,7 @@ async fn a_sub_path_through_a_planted_link_is_refused(host: &Host) -> anyhow::Re
         ensure!(message.contains("subPath"), "{name}: {message}");
     }
     web.forget().await?;
-    sentinel.is_untouched()
+    sentinel.untouched()
 }
 
 async fn a_spec_that_has_the_host_hold_too_much_is_refused(host: &Host) -> anyhow::Result<()> {
