@@ -15,10 +15,7 @@ use mesh_runtime::{
 };
 use pool_agent_api::{Resources, wire::pool_agent_server::PoolAgentServer};
 use prometheus_client::registry::Registry;
-use tokio::{
-    net::TcpListener,
-    sync::{Semaphore, watch},
-};
+use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
@@ -32,6 +29,7 @@ use crate::{
     cri::{CriError, Runtime, events},
     host::Host,
     housekeeping,
+    image::{Images, egress},
     layout::Layout,
     ledger::{Ledger, LedgerError},
     metrics,
@@ -41,8 +39,6 @@ use crate::{
     service::{Calls, Facts, MAX_MESSAGE, Service, tls},
 };
 
-/// Image pulls at a time: more share the same line.
-const PULLS: usize = 5;
 /// How long calls may go on once the agent is told to stop.
 const FAREWELL: Duration = Duration::from_secs(3);
 /// The runtime may be starting beside us.
@@ -58,6 +54,8 @@ pub enum AgentError {
     },
     #[error(transparent)]
     Ledger(#[from] LedgerError),
+    #[error("opening the records of who may use which image")]
+    Images(#[source] std::io::Error),
     #[error("the pool's TLS")]
     Tls(#[from] tls::TlsError),
     #[error("the pool's TLS towards tenants' control planes")]
@@ -128,6 +126,14 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         },
         &mut registry,
     );
+    let images = Images::open(
+        runtime.clone(),
+        &layout.images(),
+        &config.policy.images,
+        &mut registry,
+    )
+    .await
+    .map_err(AgentError::Images)?;
     let desk = Desk::default();
     let shop = Arc::new(Workshop {
         host: config.name.clone(),
@@ -140,7 +146,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         cgroups: Cgroups::detect(),
         clock,
         files: config.policy.files,
-        pulls: Semaphore::new(PULLS),
+        images,
     });
     // Before anything is taken over, so that no sandbox starts without us.
     let cni = cni::listen(&config.cni_socket)?;
@@ -151,6 +157,10 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     let metrics_listener = TcpListener::bind(config.metrics_listen)
         .await
         .map_err(|e| listen(config.metrics_listen, e))?;
+    if let Some(address) = config.policy.images.egress_listen {
+        let listener = TcpListener::bind(address).await.map_err(|e| listen(address, e))?;
+        tokio::spawn(egress::serve(listener, shop.images.destinations()));
+    }
     // What is taken over or swept away may have to be taken off its network, which the
     // runtime asks of us.
     tokio::spawn(cni::serve(cni, desk));

@@ -40,8 +40,6 @@ pub const LABEL_HOST: &str = "spindrift.dev/host";
 const QUICK: Duration = Duration::from_secs(30);
 /// For those that run processes: RunPodSandbox, create, start.
 const SLOW: Duration = Duration::from_secs(120);
-/// A pull of a large image over a slow line.
-const PULL: Duration = Duration::from_secs(1800);
 /// How often, and how many times, what an earlier try left in the runtime's hands
 /// is looked at again: ten seconds in all. containerd may take half of that to give
 /// up a start whose caller has died.
@@ -130,6 +128,8 @@ pub struct ImageInfo {
     pub id: String,
     pub bytes: u64,
     pub user: ImageUser,
+    /// Whoever imported it said that it stays.
+    pub pinned: bool,
 }
 
 /// Whom an image runs as unless told otherwise.
@@ -474,6 +474,7 @@ impl Runtime {
         let answer = within("ImageStatus", QUICK, client.image_status(request)).await?;
         Ok(answer.image.map(|image| ImageInfo {
             bytes: image.size,
+            pinned: image.pinned,
             user: match (image.uid, image.username.as_str()) {
                 (Some(uid), _) if uid.value != 0 => ImageUser::Uid(uid.value),
                 (_, "") | (_, "root") => ImageUser::Root,
@@ -483,12 +484,15 @@ impl Runtime {
         }))
     }
 
+    /// Returns the image's id. The registry is asked for the manifest also when all
+    /// is there. Dropped, the runtime gives it up.
     pub async fn pull(
         &self,
         image: &str,
         handler: Option<&str>,
         auth: Option<wire::AuthConfig>,
         sandbox: wire::PodSandboxConfig,
+        limit: Duration,
     ) -> Result<String, CriError> {
         let mut client = self.images.clone();
         let request = wire::PullImageRequest {
@@ -496,7 +500,7 @@ impl Runtime {
             auth,
             sandbox_config: Some(sandbox),
         };
-        Ok(within("PullImage", PULL, client.pull_image(request))
+        Ok(within("PullImage", limit, client.pull_image(request))
             .await?
             .image_ref)
     }

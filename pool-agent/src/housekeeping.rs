@@ -78,7 +78,8 @@ pub async fn rotate_logs(host: Host) {
     }
 }
 
-/// Removes images that no container uses, those unused the longest first.
+/// Removes images that were pulled here and that no container uses, those unused the
+/// longest first. Others, and those that are pinned, are the operator's.
 pub async fn collect_images(host: Host) {
     let mut ticks = tokio::time::interval(COLLECT);
     // When an image was last seen in use, or first seen at all.
@@ -126,6 +127,7 @@ async fn collect_once(
             last_used.entry(image.id.clone()).or_insert(now);
         }
     }
+    shop.images.tidy(&images).await?;
     let directories = shop.runtime.image_directories().await?;
     let fullness = || {
         directories
@@ -137,10 +139,12 @@ async fn collect_once(
     if fullness() < IMAGES_BEGIN {
         return Ok(());
     }
-    let mut idle: Vec<_> = images
-        .iter()
-        .filter(|image| !image.pinned && !in_use(image))
-        .filter_map(|image| last_used.get(&image.id).map(|at| (*at, image)))
+    let mut idle: Vec<_> = shop
+        .images
+        .removable(&images)
+        .into_iter()
+        .filter(|image| !images.iter().any(|i| i.id == image.name && in_use(i)))
+        .filter_map(|image| last_used.get(&image.name).map(|at| (*at, image)))
         .filter(|(at, _)| crate::sandbox::clock::since(now, *at) >= IMAGE_YOUTH)
         .collect();
     idle.sort_by_key(|(at, _)| *at);
@@ -148,12 +152,13 @@ async fn collect_once(
         if fullness() < IMAGES_END {
             break;
         }
-        tracing::info!(
-            image = image.id,
-            bytes = image.size,
-            "removing an image nobody uses"
-        );
-        shop.runtime.remove_image(&image.id).await?;
+        if shop.images.remove(&image).await? {
+            tracing::info!(
+                image = image.name,
+                bytes = image.bytes,
+                "an image nobody uses was removed"
+            );
+        }
     }
     Ok(())
 }

@@ -1,259 +1,346 @@
-//! Image references, as far as an agent has to read them: whether one is well
-//! formed, and which registry's credentials fit it. Pure.
+//! Images: which a sandbox may start from, and how they come to the host. Called by
+//! a sandbox's `perform` and by the housekeeping; calls the runtime.
+//!
+//! ```text
+//!  present ─▶ name may be asked (destination) ─▶ on the host ─▶ access proven (access) ─▶ held
+//!  pull    ─▶ name may be asked ─▶ one for all that wait, in turn (pulls, turns) ─▶ the runtime
+//!               ─▶ proven for this tenant ─▶ held
+//! ```
+//!
+//! What always holds:
+//! - a sandbox starts from an image only by a [`Held`], and gets one only if its
+//!   tenant has proven access to that very image, or the operator waives it;
+//! - an image that is held is not removed.
 
-use pool_agent_api::spec::RegistryCredential;
+pub mod access;
+pub mod destination;
+pub mod egress;
+mod held;
+mod metrics;
+mod pulls;
+mod records;
+mod reference;
+mod turns;
 
-/// A reference that no registry can be asked for.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("couldn't parse image name {name:?}: {problem}")]
-pub struct InvalidImage {
-    pub name: String,
-    pub problem: &'static str,
+pub use held::Held;
+pub use reference::{InvalidImage, Reference};
+
+use std::{
+    collections::HashSet,
+    io,
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use pool_agent_api::{TenantId, spec::RegistryCredential};
+use prometheus_client::registry::Registry;
+
+use crate::{
+    cri::{CriError, Runtime, wire},
+    policy::{self, images::Verification},
+};
+use access::ImageId;
+use destination::{Destinations, LeadsAstray};
+use held::Holds;
+use metrics::{Metrics, Outcome};
+use pulls::{PullKey, Pulls, Turn};
+use records::Records;
+use turns::Full;
+
+/// Looks that a removal beside them made void; each removal is over by the next.
+const LOOKS: usize = 8;
+
+/// An image as a container's spec asks for it.
+#[derive(Debug, Clone, Copy)]
+pub struct Wanted<'a> {
+    pub tenant: &'a TenantId,
+    /// As the user wrote it.
+    pub name: &'a str,
+    pub handler: Option<&'a str>,
+    pub credentials: &'a [RegistryCredential],
 }
 
-/// `registry/path[:tag][@digest]`, with Docker's defaults filled in.
+/// Why there is no image to start from. Shown to users.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum ImageError {
+    #[error(transparent)]
+    Name(#[from] InvalidImage),
+    /// The registry's name alone says so.
+    #[error(transparent)]
+    NamedAstray(LeadsAstray),
+    /// A resolver says so, now.
+    #[error(transparent)]
+    ResolvedAstray(LeadsAstray),
+    #[error("{0}")]
+    Inspect(Arc<CriError>),
+    #[error("{0}")]
+    Pull(Arc<CriError>),
+    #[error("{0}")]
+    TooMany(#[from] Full),
+    #[error("the image is gone right after its pull")]
+    Gone,
+    #[error("the runtime names the image {0:?}, which is no digest")]
+    Id(String),
+    #[error("marking the pull: {0}")]
+    Disk(Arc<io::Error>),
+}
+
+impl ImageError {
+    /// A kubelet's reason for a container that waits.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Name(_) | Self::NamedAstray(_) => "InvalidImageName",
+            Self::Inspect(_) => "ImageInspectError",
+            _ => "ErrImagePull",
+        }
+    }
+}
+
+/// What came of a pull: the image's id.
+type Pulled = Result<ImageId, ImageError>;
+
+pub struct Images {
+    shared: Arc<Shared>,
+    pulls: Pulls<Pulled>,
+}
+
+struct Shared {
+    runtime: Runtime,
+    destinations: Arc<Destinations>,
+    verification: Verification,
+    longest: Duration,
+    records: Arc<Records>,
+    holds: Holds,
+    metrics: Metrics,
+}
+
+/// An image that a collection may remove.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Reference {
-    /// `host[:port]`.
-    pub registry: String,
-    pub path: String,
-    pub tag: Option<String>,
-    pub digest: Option<String>,
+pub struct Removable {
+    id: ImageId,
+    /// As the runtime has it.
+    pub name: String,
+    pub bytes: u64,
 }
 
-/// Docker's own registry, when none is named.
-const DEFAULT_REGISTRY: &str = "docker.io";
-
-impl Reference {
-    pub fn parse(name: &str) -> Result<Self, InvalidImage> {
-        let refuse = |problem| InvalidImage {
-            name: name.to_owned(),
-            problem,
+impl Images {
+    /// `directory` is where the proofs are kept.
+    pub async fn open(
+        runtime: Runtime,
+        directory: &Path,
+        policy: &policy::images::Images,
+        registry: &mut Registry,
+    ) -> io::Result<Self> {
+        let (records, interrupted) = Records::open(directory)?;
+        let shared = Shared {
+            runtime,
+            destinations: Arc::new(Destinations::of_host(policy)?),
+            verification: policy.verification.clone(),
+            longest: policy.pulls.longest,
+            records: Arc::new(records),
+            holds: Holds::default(),
+            metrics: Metrics::register(registry),
         };
-        if name.is_empty() || name.len() > 512 {
-            return Err(refuse("it must have 1 to 512 characters"));
-        }
-        if name
-            .bytes()
-            .any(|c| c.is_ascii_whitespace() || c.is_ascii_control())
-        {
-            return Err(refuse("it holds a space"));
-        }
-        let (rest, digest) = match name.split_once('@') {
-            Some((rest, digest)) => (rest, Some(digest)),
-            None => (name, None),
-        };
-        if let Some(digest) = digest {
-            let well_formed = digest.split_once(':').is_some_and(|(algorithm, hex)| {
-                !algorithm.is_empty() && hex.len() >= 32 && hex.bytes().all(|c| c.is_ascii_hexdigit())
-            });
-            if !well_formed {
-                return Err(refuse("its digest is not ALGORITHM:HEX"));
+        for name in interrupted {
+            // It may have ended in the runtime all the same.
+            match shared.runtime.image(&name, None).await {
+                Ok(image) => {
+                    if let Some(id) = image.and_then(|image| ImageId::parse(&image.id)) {
+                        shared.records.note(&id);
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(image = name, error = %error, "what came of a pull that was cut off is not known");
+                }
             }
-        }
-        let (named, tag) = match rest.rsplit_once(':') {
-            Some((named, tag)) if !tag.contains('/') => (named, Some(tag)),
-            _ => (rest, None),
-        };
-        if let Some(tag) = tag {
-            let character = |c: u8| c.is_ascii_alphanumeric() || b"_.-".contains(&c);
-            if tag.is_empty()
-                || tag.len() > 128
-                || !tag.bytes().all(character)
-                || b".-".contains(&tag.as_bytes()[0])
-            {
-                return Err(refuse("its tag is not a word of at most 128 characters"));
-            }
-        }
-        let is_registry = |text: &str| text.contains(['.', ':']) || text == "localhost";
-        let (registry, path) = match named.split_once('/') {
-            Some((registry, path)) if is_registry(registry) => (registry.to_owned(), path.to_owned()),
-            Some(_) => (DEFAULT_REGISTRY.into(), named.to_owned()),
-            None => (DEFAULT_REGISTRY.into(), format!("library/{named}")),
-        };
-        let component = |part: &str| {
-            let edge = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit();
-            let bytes = part.as_bytes();
-            !bytes.is_empty()
-                && edge(bytes[0])
-                && edge(bytes[bytes.len() - 1])
-                && bytes.iter().all(|&c| edge(c) || b"._-".contains(&c))
-        };
-        if !path.split('/').all(component) {
-            return Err(refuse(
-                "its parts must be of lower-case letters, digits, '.', '_' and '-'",
-            ));
         }
         Ok(Self {
-            registry,
-            path,
-            tag: tag.map(Into::into),
-            digest: digest.map(Into::into),
+            shared: Arc::new(shared),
+            pulls: Pulls::new(policy.pulls.clone()),
         })
     }
 
-    /// The credential whose registry fits best: the longest path wins. None if none fits.
-    pub fn credential<'a>(&self, credentials: &'a [RegistryCredential]) -> Option<&'a RegistryCredential> {
-        credentials
-            .iter()
-            .filter_map(|c| self.fits(&c.registry).map(|length| (length, c)))
-            .max_by_key(|(length, _)| *length)
-            .map(|(_, credential)| credential)
-    }
-
-    /// How many characters of path a key of .dockerconfigjson shares; None if it is
-    /// for something else.
-    fn fits(&self, key: &str) -> Option<usize> {
-        let key = key
-            .strip_prefix("https://")
-            .or_else(|| key.strip_prefix("http://"))
-            .unwrap_or(key);
-        let (host, path) = key.split_once('/').unwrap_or((key, ""));
-        // Docker writes its own registry so.
-        let (host, path) = match host {
-            "index.docker.io" | "registry-1.docker.io" => (DEFAULT_REGISTRY, path.trim_start_matches("v1/")),
-            _ => (host, path),
+    /// The image if it is on the host and the tenant may start from it. That it is
+    /// there but was not proven is not told: to its tenant it is not there.
+    pub async fn present(&self, wanted: Wanted<'_>) -> Result<Option<Held>, ImageError> {
+        let reference = self.reference(wanted.name)?;
+        let canonical = reference.canonical();
+        let looked = self.shared.look(&canonical, wanted.handler).await?;
+        let Some((id, held)) = looked else {
+            return Ok(None);
         };
-        let path = path.trim_end_matches('/');
-        let path = if matches!(path, "v1" | "v2") { "" } else { path };
-        if !host_fits(host, &self.registry) {
-            return None;
+        let repository = reference.repository();
+        let allowed = self.shared.records.proven(wanted.tenant, &id, &repository)
+            || self.shared.verification.waived(&repository, held.info.pinned);
+        if !allowed {
+            self.shared.metrics.unproven();
         }
-        let below = path.is_empty()
-            || self.path == path
-            || self
-                .path
-                .strip_prefix(path)
-                .is_some_and(|rest| rest.starts_with('/'));
-        below.then_some(path.len())
-    }
-}
-
-/// `*` stands for a part between dots, or for some of it.
-fn host_fits(pattern: &str, host: &str) -> bool {
-    let split = |text: &str| -> (Vec<String>, Option<String>) {
-        let (name, port) = match text.rsplit_once(':') {
-            Some((name, port)) => (name, Some(port.to_owned())),
-            None => (text, None),
-        };
-        (name.split('.').map(str::to_owned).collect(), port)
-    };
-    let ((pattern, pattern_port), (host, host_port)) = (split(pattern), split(host));
-    pattern_port == host_port
-        && pattern.len() == host.len()
-        && pattern.iter().zip(&host).all(|(p, h)| glob(p, h))
-}
-
-fn glob(pattern: &str, text: &str) -> bool {
-    let Some((head, rest)) = pattern.split_once('*') else {
-        return pattern == text;
-    };
-    let Some(mut text) = text.strip_prefix(head) else {
-        return false;
-    };
-    let mut parts: Vec<&str> = rest.split('*').collect();
-    let last = parts.pop().unwrap_or_default();
-    for part in parts {
-        match text.find(part) {
-            Some(at) => text = &text[at + part.len()..],
-            None => return false,
-        }
-    }
-    text.ends_with(last)
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    #[test]
-    fn a_reference_is_read_as_docker_reads_it() {
-        for (name, registry, path, tag) in [
-            ("busybox", "docker.io", "library/busybox", None),
-            ("busybox:1.36", "docker.io", "library/busybox", Some("1.36")),
-            ("team/app", "docker.io", "team/app", None),
-            ("localhost/app:v1", "localhost", "app", Some("v1")),
-            ("127.0.0.1:5000/a/b", "127.0.0.1:5000", "a/b", None),
-            ("ghcr.io/a/b:c", "ghcr.io", "a/b", Some("c")),
-        ] {
-            let reference = Reference::parse(name).unwrap();
-            assert_eq!(
-                (
-                    reference.registry.as_str(),
-                    reference.path.as_str(),
-                    reference.tag.as_deref()
-                ),
-                (registry, path, tag),
-                "{name}"
-            );
-        }
-        let digest = format!("a@sha256:{}", "0".repeat(64));
-        assert!(Reference::parse(&digest).unwrap().digest.is_some());
+        Ok(allowed.then_some(held))
     }
 
-    #[test]
-    fn a_reference_no_registry_can_have_is_refused() {
-        for name in [
-            "",
-            "UPPER",
-            "a b",
-            "a:",
-            "a:b:c",
-            "a@sha256:xyz",
-            "a//b",
-            "/a",
-            "a/",
-            "a:-x",
-            "-a",
-        ] {
-            assert!(Reference::parse(name).is_err(), "{name:?}");
-        }
+    /// Asks the image's registry for it, with the tenant's credential if one fits.
+    /// What is on the host already is not fetched again, but the registry has to
+    /// answer for it: the runtime asks for the manifest each time.
+    pub async fn pull(
+        &self,
+        wanted: Wanted<'_>,
+        sandbox: wire::PodSandboxConfig,
+    ) -> Result<(Held, Duration), ImageError> {
+        let begun = Instant::now();
+        let reference = self.reference(wanted.name)?;
+        let credential = reference.credential(wanted.credentials);
+        let key = PullKey::new(wanted.tenant, &reference.canonical(), wanted.handler, credential);
+        let auth = credential.map(|c| wire::AuthConfig {
+            username: c.username.clone(),
+            password: c.password.clone(),
+            server_address: String::new(),
+        });
+        let (tenant, handler) = (wanted.tenant.clone(), wanted.handler.map(str::to_owned));
+        let shared = self.shared.clone();
+        let pulled = self.pulls.join(key, move |turn| async move {
+            let pull = shared.pull(turn, &tenant, &reference, handler.as_deref(), auth, sandbox);
+            let pulled = pull.await;
+            shared.metrics.ended(Outcome::of(&pulled));
+            pulled
+        });
+        let id = pulled.await?;
+        // By its id: its name may lead to another by now.
+        let looked = self.shared.look(&id.to_string(), wanted.handler).await?;
+        let (_, held) = looked.ok_or(ImageError::Gone)?;
+        Ok((held, begun.elapsed()))
     }
 
-    #[test]
-    fn the_credential_with_the_longest_path_is_taken() {
-        let credential = |registry: &str| RegistryCredential {
-            registry: registry.into(),
-            username: registry.into(),
-            password: String::new(),
-        };
-        let all = [
-            credential("registry.example"),
-            credential("registry.example/team"),
-            credential("*.example.org"),
-            credential("https://index.docker.io/v1/"),
-            credential("127.0.0.1:5000"),
-        ];
-        for (image, registry) in [
-            ("registry.example/other/app", Some("registry.example")),
-            ("registry.example/team/app", Some("registry.example/team")),
-            ("registry.example/teams/app", Some("registry.example")),
-            ("eu.example.org/app", Some("*.example.org")),
-            ("a.b.example.org/app", None),
-            ("busybox", Some("https://index.docker.io/v1/")),
-            ("127.0.0.1:5000/app", Some("127.0.0.1:5000")),
-            ("127.0.0.1:5001/app", None),
-        ] {
-            let found = Reference::parse(image)
-                .unwrap()
-                .credential(&all)
-                .map(|c| c.registry.as_str());
-            assert_eq!(found, registry, "{image}");
-        }
+    fn reference(&self, name: &str) -> Result<Reference, ImageError> {
+        let reference = Reference::parse(name)?;
+        self.shared
+            .destinations
+            .named(&reference.registry)
+            .map_err(ImageError::NamedAstray)?;
+        Ok(reference)
     }
 
-    proptest! {
-        #[test]
-        fn no_text_makes_the_parser_panic(name in ".{0,80}", key in ".{0,40}") {
-            if let Ok(reference) = Reference::parse(&name) {
-                reference.credential(&[RegistryCredential {
-                    registry: key,
-                    username: String::new(),
-                    password: String::new(),
-                }]);
+    // ---- collection
+
+    /// Forgets the proofs for images that the runtime has no more; `all` is what it
+    /// has said a moment ago.
+    pub async fn tidy(&self, all: &[wire::Image]) -> Result<(), CriError> {
+        let there: HashSet<ImageId> = all.iter().filter_map(|image| ImageId::parse(&image.id)).collect();
+        for id in self.shared.records.images() {
+            // It may have come since.
+            if there.contains(&id) || self.shared.runtime.image(&id.to_string(), None).await?.is_some() {
+                continue;
+            }
+            let records = self.shared.records.clone();
+            let forgotten = tokio::task::spawn_blocking(move || records.forget(&id));
+            if let Err(error) = forgotten.await {
+                tracing::warn!(error = %error, "the proofs for an image that has gone stay");
             }
         }
+        Ok(())
     }
+
+    /// Those of the runtime's images that came by a pull through this agent and that
+    /// nothing holds or is about to hold.
+    pub fn removable(&self, all: &[wire::Image]) -> Vec<Removable> {
+        let pulled: HashSet<String> = self.pulls.names().into_iter().collect();
+        let being_pulled = |image: &wire::Image| {
+            let mut names = image.repo_tags.iter().chain(&image.repo_digests);
+            names.any(|name| pulled.contains(name))
+        };
+        all.iter()
+            .filter(|image| !image.pinned && !being_pulled(image))
+            .filter_map(|image| {
+                let id = ImageId::parse(&image.id)?;
+                let ours = self.shared.records.pulled_here(&id) && !self.shared.holds.held(&id);
+                ours.then(|| Removable {
+                    id,
+                    name: image.id.clone(),
+                    bytes: image.size,
+                })
+            })
+            .collect()
+    }
+
+    /// Removes it, unless a sandbox has come to hold it meanwhile (false).
+    pub async fn remove(&self, image: &Removable) -> Result<bool, CriError> {
+        let Some(_removal) = self.shared.holds.begin_removal(&image.id) else {
+            return Ok(false);
+        };
+        self.shared.runtime.remove_image(&image.name).await?;
+        Ok(true)
+    }
+
+    /// Where images may be.
+    pub fn destinations(&self) -> Arc<Destinations> {
+        self.shared.destinations.clone()
+    }
+
+    /// Pulls that wait for their turn, and that run.
+    pub fn counts(&self) -> (usize, usize) {
+        self.pulls.counts()
+    }
+}
+
+impl Shared {
+    /// Looks for an image, and holds it.
+    async fn look(&self, name: &str, handler: Option<&str>) -> Result<Option<(ImageId, Held)>, ImageError> {
+        for _ in 0..LOOKS {
+            let before = self.holds.removals();
+            let inspect = |e| ImageError::Inspect(Arc::new(e));
+            let Some(info) = self.runtime.image(name, handler).await.map_err(inspect)? else {
+                return Ok(None);
+            };
+            let id = ImageId::parse(&info.id).ok_or_else(|| ImageError::Id(info.id.clone()))?;
+            if let Some(held) = self.holds.hold(&id, info, before) {
+                return Ok(Some((id, held)));
+            }
+        }
+        // It is being removed: to whoever asks it is not there.
+        Ok(None)
+    }
+
+    async fn pull(
+        &self,
+        turn: Result<Turn, Full>,
+        tenant: &TenantId,
+        reference: &Reference,
+        handler: Option<&str>,
+        auth: Option<wire::AuthConfig>,
+        sandbox: wire::PodSandboxConfig,
+    ) -> Pulled {
+        let mut turn = turn?;
+        turn.comes().await;
+        self.destinations
+            .check(reference)
+            .await
+            .map_err(ImageError::ResolvedAstray)?;
+        let canonical = reference.canonical();
+        let (records, name) = (self.records.clone(), canonical.clone());
+        let _intent = blocking(move || records.intend(&name))
+            .await
+            .map_err(|e| ImageError::Disk(Arc::new(e)))?;
+        let answer = self
+            .runtime
+            .pull(&canonical, handler, auth, sandbox, self.longest)
+            .await
+            .map_err(|e| ImageError::Pull(Arc::new(e)))?;
+        let id = ImageId::parse(&answer).ok_or(ImageError::Id(answer))?;
+        let (records, tenant, repository) = (self.records.clone(), tenant.clone(), reference.repository());
+        let proven = id.clone();
+        blocking(move || {
+            records.prove(&tenant, &proven, &repository);
+            Ok(())
+        })
+        .await
+        .map_err(|e| ImageError::Disk(Arc::new(e)))?;
+        Ok(id)
+    }
+}
+
+/// Work that may wait for the disk, on a thread for that.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(io::Error::other)?
 }

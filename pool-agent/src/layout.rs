@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! state_dir/ledger                        what was admitted and what ended
+//! state_dir/images/                       who may use which image
 //! state_dir/sandboxes/<uid>-<attempt>/    logs/<container>/<restart>.log, volumes/<name>
 //! run_dir/sandboxes/<uid>-<attempt>/      spec (0600), status, subpaths/
 //!     given/ (tmpfs)                      hosts, hostname, resolv.conf, messages/
@@ -34,6 +35,10 @@ impl Layout {
 
     pub fn ledger(&self) -> PathBuf {
         self.state.join("ledger")
+    }
+
+    pub fn images(&self) -> PathBuf {
+        self.state.join("images")
     }
 
     pub fn router(&self, tenant: &TenantId) -> PathBuf {

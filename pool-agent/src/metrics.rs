@@ -116,6 +116,15 @@ fn own(host: &Host) -> String {
         "",
         u64::from(host.has_user_namespaces()),
     );
+    let (waiting, running) = host.shop().images.counts();
+    for (state, count) in [("waiting", waiting), ("running", running)] {
+        let count = u64::try_from(count).unwrap_or(u64::MAX);
+        line(
+            "pool_agent_image_pulls_under_way",
+            &format!("{{state=\"{state}\"}}"),
+            count,
+        );
+    }
     for (of, resources) in [("capacity", host.capacity()), ("free", host.free())] {
         line(&format!("pool_agent_{of}_cpu_millis"), "", resources.cpu_millis);
         line(

@@ -43,6 +43,7 @@ fn main() -> ExitCode {
         containerd::network::tests(),
         containerd::privilege::tests(),
         containerd::privilege::alone(),
+        containerd::images::tests_alone(),
         containerd::faults::tests(),
     ];
     suite::run(modules.into_iter().flatten().collect())

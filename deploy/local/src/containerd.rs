@@ -18,6 +18,7 @@ use crate::{
     file::{self, Mode},
     images::{self, Image, Images},
     instance::Layout,
+    pool,
     process::Process,
     registry,
     tool::{Tool, ToolError},
@@ -145,6 +146,9 @@ impl Runtime {
                 .input(config)
                 // Where it finds its shim and runc.
                 .environment("PATH", path)
+                // What it pulls goes by the agent's proxy, which knows where images are.
+                .environment("HTTP_PROXY", format!("http://{}", pool::EGRESS))
+                .environment("HTTPS_PROXY", format!("http://{}", pool::EGRESS))
                 .ready_when(Ready::Socket(self.socket())),
         )
     }
@@ -178,6 +182,9 @@ required_plugins = ['io.containerd.grpc.v1.cri']
 [grpc]
 address = '{socket}'
 
+[{images}]
+# A registry that says nothing for as long is given up.
+image_pull_progress_timeout = '1m'
 [{images}.pinned_images]
 sandbox = '{pause}'
 [{images}.registry]

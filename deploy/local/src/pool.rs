@@ -16,7 +16,8 @@ use crate::{
     file::{self, Mode},
     instance::Layout,
     pki::{Authority, Credential, PkiError, Subject},
-    topology::{Host, UPLINK},
+    registry,
+    topology::{Host, REGISTRY, UPLINK},
 };
 
 pub const TRUST_DOMAIN: &str = "pool.spindrift";
@@ -24,6 +25,9 @@ const AGENT_PORT: u16 = 7443;
 /// On the host's own loopback.
 pub const AGENT_METRICS: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9464);
+
+/// The way out of a host's containerd, on the host's own loopback.
+pub const EGRESS: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9465);
 
 #[derive(Debug, thiserror::Error)]
 pub enum PoolError {
@@ -126,15 +130,47 @@ struct AgentConfig {
     uplink: String,
     pod_range: String,
     tls: PoolTls,
-    policy: toml::Table,
+    policy: Policy,
 }
 
-/// What a pool's operator allows beyond what is safe without a word: that pods
-/// administer their own network, which the tests try and redirection withstands.
-fn policy() -> toml::Table {
-    toml::toml! {
-        [privilege]
-        user_namespace_capabilities = ["NET_ADMIN"]
+/// What the lab's operator allows.
+#[derive(Serialize)]
+struct Policy {
+    privilege: PrivilegePolicy,
+    images: ImagePolicy,
+}
+
+#[derive(Serialize)]
+struct PrivilegePolicy {
+    /// Pods administer their own network, which the tests try and redirection withstands.
+    user_namespace_capabilities: [&'static str; 1],
+}
+
+#[derive(Serialize)]
+struct ImagePolicy {
+    pull_credentials_verification_policy: &'static str,
+    preloaded_images_verification_allowlist: [&'static str; 1],
+    /// The lab's registries are on the hosts' own network.
+    allow_registries: [&'static str; 2],
+    allow_networks: [String; 1],
+    egress_listen: SocketAddr,
+}
+
+impl Policy {
+    fn of_lab() -> Self {
+        Self {
+            privilege: PrivilegePolicy {
+                user_namespace_capabilities: ["NET_ADMIN"],
+            },
+            images: ImagePolicy {
+                pull_credentials_verification_policy: "NeverVerifyAllowlistedImages",
+                // What `Runtime::import` puts on every host.
+                preloaded_images_verification_allowlist: ["spindrift.local/*"],
+                allow_registries: registry::ALL.map(|registry| registry.name),
+                allow_networks: [format!("{REGISTRY}/32")],
+                egress_listen: EGRESS,
+            },
+        }
     }
 }
 
@@ -160,7 +196,7 @@ pub fn agent(
         uplink: UPLINK.into(),
         pod_range: host.pod_range.clone(),
         tls: pki.host(host)?,
-        policy: policy(),
+        policy: Policy::of_lab(),
     };
     for directory in [&config.state_dir, &config.run_dir, &config.bpffs] {
         std::fs::create_dir_all(directory).map_err(|source| PoolError::File {

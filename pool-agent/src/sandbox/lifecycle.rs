@@ -610,7 +610,9 @@ impl Lifecycle {
             Ok(Some(id)) => {
                 container.image = Image::Ready;
                 container.image_id = id;
-                let message = format!("Container image \"{image}\" already present on machine");
+                let message = format!(
+                    "Container image \"{image}\" already present on machine and can be accessed by the pod"
+                );
                 effects.push(tell("Pulled", message, Some(slot)));
             }
             Ok(None) if self.stop.is_some() => container.image = Image::Unknown,
@@ -648,6 +650,8 @@ impl Lifecycle {
                 );
                 effects.push(tell("Pulled", message, Some(slot)));
             }
+            // It was given up; nobody waits for it.
+            Err(_) if self.stop.is_some() => container.image = Image::Unknown,
             Err(trouble) => {
                 let message = format!("Failed to pull image \"{image}\": {}", trouble.message);
                 effects.push(warn("Failed", message, Some(slot)));

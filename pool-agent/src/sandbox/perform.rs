@@ -16,8 +16,8 @@ use pool_agent_api::{
     spec::{Container, Hook, Volume},
     status::{MeshState, Terminated},
 };
-use tokio::sync::{Semaphore, mpsc, watch};
-use tokio_util::task::AbortOnDropHandle;
+use tokio::sync::{mpsc, watch};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
     clock::Clock,
@@ -34,11 +34,11 @@ use crate::{
     cni::{Add, Desk, Joined},
     confined::Directory,
     cri::{
-        CriError, ImageInfo, ImageUser, LEFTOVER_POLL, LEFTOVER_POLLS, Labels, ReportedState, Runtime,
+        CriError, ImageUser, LEFTOVER_POLL, LEFTOVER_POLLS, Labels, ReportedState, Runtime,
         config::{self, HostMount, Placement, Qos},
         wire,
     },
-    image::Reference,
+    image::{Held, ImageError, Images, Wanted},
     layout::{Layout, SandboxDirs},
     logs,
     network::{POD_GATEWAY, Router},
@@ -69,8 +69,7 @@ pub struct Workshop {
     pub clock: Clock,
     /// What a pod may have the host hold for it.
     pub files: policy::files::Files,
-    /// Pulls at a time.
-    pub pulls: Semaphore,
+    pub images: Images,
 }
 
 pub struct Hands {
@@ -82,12 +81,15 @@ pub struct Hands {
     router: Router,
     mesh: watch::Sender<MeshState>,
     found: Mutex<Learnt>,
+    /// No container starts any more: what only a start waits for is given up.
+    ending: CancellationToken,
 }
 
 /// What one effect found out and another needs.
 #[derive(Default)]
 struct Learnt {
-    images: HashMap<Slot, ImageInfo>,
+    /// Held on the host as long as the sandbox lives.
+    images: HashMap<Slot, Held>,
     /// Follows the attachment's state while there is one.
     follower: Option<AbortOnDropHandle<()>>,
 }
@@ -111,6 +113,7 @@ impl Hands {
             router,
             mesh,
             found: Mutex::default(),
+            ending: CancellationToken::new(),
         }
     }
 
@@ -270,6 +273,7 @@ impl Hands {
     }
 
     async fn tear_down(&self, what: Teardown) -> Result<(), Trouble> {
+        self.ending.cancel();
         match what {
             Teardown::Sandbox => {
                 let failed = |e: CriError| Trouble::new("FailedKillPod", e);
@@ -319,61 +323,61 @@ impl Hands {
 
     // ---- images
 
+    /// What a container's image is asked for by; None if there is no such container.
+    fn wanted(&self, slot: Slot) -> Option<Wanted<'_>> {
+        self.container(slot).map(|container| Wanted {
+            tenant: &self.spec.tenant,
+            name: &container.image,
+            handler: self.spec.runtime_handler.as_deref(),
+            credentials: &self.spec.registry_credentials,
+        })
+    }
+
+    /// An image's error, by the field that names the image.
+    fn image_trouble(&self, slot: Slot, error: &ImageError) -> Trouble {
+        let inits = self.spec.init_containers.len();
+        let field = match slot.0.checked_sub(inits) {
+            Some(app) => format!("spec.containers[{app}].image"),
+            None => format!("spec.initContainers[{}].image", slot.0),
+        };
+        match error {
+            ImageError::NamedAstray(_) | ImageError::ResolvedAstray(_) => {
+                Trouble::new(error.reason(), format_args!("{field}: {error}"))
+            }
+            _ => Trouble::new(error.reason(), error),
+        }
+    }
+
     async fn check_image(&self, slot: Slot) -> Result<Option<String>, Trouble> {
-        let Some(container) = self.container(slot) else {
+        let Some(wanted) = self.wanted(slot) else {
             return Ok(None);
         };
-        Reference::parse(&container.image).map_err(|e| Trouble::new("InvalidImageName", e))?;
-        let handler = self.spec.runtime_handler.as_deref();
-        let image = self
-            .shop
-            .runtime
-            .image(&container.image, handler)
-            .await
-            .map_err(|e| Trouble::new("ImageInspectError", e))?;
-        Ok(image.map(|image| {
-            let id = image.id.clone();
-            self.with(|found| found.images.insert(slot, image));
+        let present = self.shop.images.present(wanted).await;
+        let held = present.map_err(|e| self.image_trouble(slot, &e))?;
+        Ok(held.map(|held| {
+            let id = held.info.id.clone();
+            self.with(|found| found.images.insert(slot, held));
             id
         }))
     }
 
     async fn pull_image(&self, slot: Slot) -> Result<Pulled, Trouble> {
-        let failed = |e: &dyn std::fmt::Display| Trouble::new("ErrImagePull", e);
-        let Some(container) = self.container(slot) else {
-            return Err(failed(&"there is no such container"));
+        let Some(wanted) = self.wanted(slot) else {
+            return Err(Trouble::new("ErrImagePull", "there is no such container"));
         };
-        let reference =
-            Reference::parse(&container.image).map_err(|e| Trouble::new("InvalidImageName", e))?;
-        let auth = reference
-            .credential(&self.spec.registry_credentials)
-            .map(|c| wire::AuthConfig {
-                username: c.username.clone(),
-                password: c.password.clone(),
-                server_address: String::new(),
-            });
-        let handler = self.spec.runtime_handler.as_deref();
-        let begun = Instant::now();
-        let permit = self.shop.pulls.acquire().await.map_err(|e| failed(&e))?;
-        self.shop
-            .runtime
-            .pull(&container.image, handler, auth, self.sandbox_config())
-            .await
-            .map_err(|e| failed(&e))?;
-        drop(permit);
-        let image = self
-            .shop
-            .runtime
-            .image(&container.image, handler)
-            .await
-            .map_err(|e| failed(&e))?
-            .ok_or_else(|| failed(&"the image is gone right after its pull"))?;
+        let pull = self.shop.images.pull(wanted, self.sandbox_config());
+        let (held, took) = tokio::select! {
+            pulled = pull => pulled.map_err(|e| self.image_trouble(slot, &e))?,
+            () = self.ending.cancelled() => {
+                return Err(Trouble::new("ErrImagePull", "the pod ended before its image was pulled"));
+            }
+        };
         let pulled = Pulled {
-            image_id: image.id.clone(),
-            took: begun.elapsed(),
-            bytes: image.bytes,
+            image_id: held.info.id.clone(),
+            took,
+            bytes: held.info.bytes,
         };
-        self.with(|found| found.images.insert(slot, image));
+        self.with(|found| found.images.insert(slot, held));
         Ok(pulled)
     }
 
@@ -386,7 +390,7 @@ impl Hands {
         restart: u32,
     ) -> Result<(Started, Option<Terminated>), StartFailure> {
         let refused = |reason, e: &dyn std::fmt::Display| StartFailure::NotCreated(Trouble::new(reason, e));
-        let image = self.with(|found| found.images.get(&slot).cloned());
+        let image = self.with(|found| found.images.get(&slot).map(|held| held.info.clone()));
         let (Some(container), Some(image)) = (self.container(slot), image) else {
             return Err(refused("CreateContainerError", &"its image is not known"));
         };

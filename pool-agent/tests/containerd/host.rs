@@ -21,17 +21,19 @@ use pool_agent_api::{
     SandboxKey,
     wire::{self, pool_agent_client::PoolAgentClient},
 };
+use sha2::{Digest, Sha256};
 use spindrift_local::{
     InstanceName, Layout, Progress,
     artifacts::{self, Profile},
     cache::{self, Cache},
     component::Component,
     containerd::Runtime,
-    images::BUSYBOX_IMAGE,
+    images::{BUSYBOX_IMAGE, Images},
     lab,
     netns::Namespace,
     pool::{self, PoolPki, PoolTls, agent_address, agent_name},
     registry,
+    tool::Tool,
     topology::{CLUSTER_DNS, POD_RANGE, Topology, VIRTUAL_NODE},
 };
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
@@ -63,6 +65,7 @@ pub(crate) struct Host {
     layout: Layout,
     topology: Topology,
     runtime: Runtime,
+    images: Images,
     pub(super) ours: Tenant,
     pub(super) theirs: Tenant,
     pods: AtomicU32,
@@ -109,6 +112,7 @@ impl Host {
             layout,
             topology,
             runtime,
+            images,
             ours,
             theirs,
             pods: AtomicU32::new(0),
@@ -156,6 +160,89 @@ impl Host {
     /// The same in the registry that wants credentials.
     pub(super) fn pulled_with_credentials() -> String {
         format!("{}/{PULLED}", registry::PRIVATE.name)
+    }
+
+    /// Puts the busybox into both registries as `repository:tag`.
+    pub(super) async fn push(&self, repository: &str) -> anyhow::Result<()> {
+        let lab = &self.topology.lab;
+        Ok(registry::push(lab, &self.images, BUSYBOX_IMAGE, repository).await?)
+    }
+
+    /// Puts an image of one file into both registries: nobody has another like it.
+    pub(super) async fn push_content(&self, repository: &str, content: &str) -> anyhow::Result<()> {
+        let directory = tempfile::tempdir()?;
+        let layout = directory.path().join("layout");
+        let blobs = layout.join("blobs/sha256");
+        std::fs::create_dir_all(&blobs)?;
+        std::fs::write(directory.path().join("content"), content)?;
+        let layer = directory.path().join("layer.tar");
+        Tool::words("tar -cf")
+            .arg(&layer)
+            .arg("-C")
+            .arg(directory.path())
+            .arg("content")
+            .run()
+            .await?;
+        let put = |kind: &str, bytes: Vec<u8>| -> anyhow::Result<serde_json::Value> {
+            let hex: String = Sha256::digest(&bytes)
+                .iter()
+                .map(|b| format!("{b:02x}"))
+                .collect();
+            std::fs::write(blobs.join(&hex), &bytes)?;
+            Ok(serde_json::json!({
+                "mediaType": format!("application/vnd.oci.image.{kind}"),
+                "digest": format!("sha256:{hex}"),
+                "size": bytes.len(),
+            }))
+        };
+        let json = |value: serde_json::Value| value.to_string().into_bytes();
+        let layer = put("layer.v1.tar", std::fs::read(layer)?)?;
+        let architecture = if cfg!(target_arch = "aarch64") {
+            "arm64"
+        } else {
+            "amd64"
+        };
+        let config = serde_json::json!({
+            "os": "linux", "architecture": architecture, "config": {},
+            "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
+        });
+        let config = put("config.v1+json", json(config))?;
+        let manifest = serde_json::json!({"schemaVersion": 2, "config": config, "layers": [layer]});
+        let manifest = put("manifest.v1+json", json(manifest))?;
+        let index = serde_json::json!({"schemaVersion": 2, "manifests": [manifest]});
+        std::fs::write(layout.join("index.json"), json(index))?;
+        std::fs::write(layout.join("oci-layout"), r#"{"imageLayoutVersion": "1.0.0"}"#)?;
+        self.topology
+            .lab
+            .tool("skopeo copy --quiet --insecure-policy --dest-tls-verify=false")
+            .arg(format!("oci:{}", layout.display()))
+            .arg(format!("docker://{}/{repository}", registry::OPEN.address))
+            .run()
+            .await?;
+        Ok(())
+    }
+
+    /// containerd's `certs.d`.
+    pub(super) fn registries(&self) -> String {
+        self.runtime.registries().display().to_string()
+    }
+
+    /// Where the registries and other machines stand.
+    pub(super) fn outside(&self) -> &Namespace {
+        &self.topology.lab
+    }
+
+    /// Where the agent and containerd stand.
+    pub(super) fn inside(&self) -> &Namespace {
+        &self.topology.hosts[0].namespace
+    }
+
+    /// Has containerd speak plain HTTP with a registry: `HOST:PORT`.
+    pub(super) fn plain_http(&self, registry: &str) -> anyhow::Result<()> {
+        let directory = self.runtime.registries().join(registry);
+        std::fs::create_dir_all(&directory)?;
+        let hosts = format!("server = \"http://{registry}\"\n");
+        Ok(std::fs::write(directory.join("hosts.toml"), hosts)?)
     }
 
     // ---- the agent and containerd

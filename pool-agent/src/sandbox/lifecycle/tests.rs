@@ -330,6 +330,18 @@ fn an_image_that_may_not_be_pulled_says_so() {
 }
 
 #[test]
+fn a_pull_that_the_pods_end_cuts_off_is_no_failure() {
+    let mut story = Story::of(|parts| parts.containers[0].pull_policy = PullPolicy::Always);
+    story.keep_back = |e| matches!(e, Effect::PullImage(_));
+    let mut story = story.begun();
+    story.tell(Event::Stop {
+        grace: Duration::from_secs(1),
+    });
+    story.tell(Event::ImagePulled(Slot(0), Err(trouble("ErrImagePull"))));
+    assert_eq!(story.told(), ["Pulling"]);
+}
+
+#[test]
 fn a_container_that_cannot_be_made_disturbs_no_other() {
     let mut story = Story::of(|parts| parts.containers.push(container("other")));
     story.keep_back = |e| matches!(e, Effect::StartContainer { slot: Slot(0), .. });
