@@ -48,6 +48,7 @@ use crate::{
     identity::{Certificate, CertificateState, Certificates},
     limits::{Peer, Shares, TenantShares, UsedUp},
     netns::Netns,
+    off_limits::OffLimits,
     pod::{Mode, PodRecord},
     policy::{Facts, Verdict},
     redirect::{GATEWAY, Listeners},
@@ -75,6 +76,8 @@ pub struct TenantProxyConfig {
     pub host: HostName,
     /// The range of this host's pods, all tenants' alike.
     pub local_pods: Ipv4Net,
+    /// Whose addresses are whose in the pool.
+    pub off_limits: Arc<OffLimits>,
     /// Addresses of the host and of the tenant's router. Pods may not reach them
     /// through the proxy, which stands where they are local.
     pub host_addresses: Vec<IpAddr>,
@@ -139,6 +142,7 @@ impl TenantProxy {
             tenant,
             host,
             local_pods,
+            off_limits,
             host_addresses,
             router,
             listeners,
@@ -161,6 +165,7 @@ impl TenantProxy {
                 name: tenant.mesh_control.network.as_str().into(),
                 cluster_pods: tenant.cluster_pod_range,
                 host: host_addresses.into(),
+                off_limits,
             },
             local_pods: local_pods.into(),
             cluster: tenant.mesh_control.cluster_id.as_str().into(),
@@ -289,6 +294,12 @@ impl TenantProxy {
     /// them comes to the outbound listener too.
     pub fn service_addresses(&self) -> watch::Receiver<Arc<BTreeSet<Ipv4Addr>>> {
         self.mesh.state.service_addresses()
+    }
+
+    /// The IPv4 addresses of all workloads of the tenant, again whenever they change:
+    /// the kernel lets unmeshed pods reach and be reached by no others of the pool.
+    pub fn workload_addresses(&self) -> watch::Receiver<Arc<BTreeSet<Ipv4Addr>>> {
+        self.mesh.state.workload_addresses()
     }
 
     /// The mesh as this host knows it.

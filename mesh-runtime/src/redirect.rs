@@ -48,7 +48,7 @@ mod programs;
 mod router;
 mod routing;
 
-pub use abi::Reason;
+pub use abi::{MAX_ALLOWED, MAX_OFF_LIMITS, MAX_POOL_RANGES, Reason};
 pub use drops::Drops;
 pub use listeners::{Listeners, OpenListenerError};
 pub use programs::{Device, ProgramsError};

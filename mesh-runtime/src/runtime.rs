@@ -36,6 +36,7 @@ use crate::{
     attachment::AttachmentState,
     control::{InvalidPoolTls, PoolTls},
     limits::{Limits, Shares},
+    off_limits::OffLimits,
     pod::PodRecord,
     redirect::{Device, RouterError},
     telemetry::Metrics,
@@ -49,6 +50,8 @@ pub struct Config {
     pub bpffs: PathBuf,
     /// The range that this host's pods have their addresses of, all tenants' alike.
     pub local_pods: Ipv4Net,
+    /// Whose addresses are whose in the pool.
+    pub off_limits: Arc<OffLimits>,
     /// The host's credentials towards tenants' mesh control planes.
     pub pool_tls: PoolTls,
     /// What pods, peers and tenants may hold of it.
@@ -119,6 +122,7 @@ pub struct MeshRuntime {
     host: HostName,
     bpffs: PathBuf,
     local_pods: Ipv4Net,
+    off_limits: Arc<OffLimits>,
     pool_tls: Arc<PoolTls>,
     traffic: Arc<Metrics>,
     metrics: Arc<RuntimeMetrics>,
@@ -156,6 +160,7 @@ impl MeshRuntime {
             host: config.host,
             bpffs: config.bpffs,
             local_pods: config.local_pods,
+            off_limits: config.off_limits,
             pool_tls: Arc::new(config.pool_tls),
             traffic: Arc::new(Metrics::register(registry)),
             metrics: RuntimeMetrics::register(registry),

@@ -35,6 +35,7 @@ pub struct Reader {
     current: Arc<ArcSwap<Snapshot>>,
     version: watch::Receiver<u64>,
     service_addresses: watch::Receiver<Arc<BTreeSet<Ipv4Addr>>>,
+    workload_addresses: watch::Receiver<Arc<BTreeSet<Ipv4Addr>>>,
 }
 
 impl Reader {
@@ -71,6 +72,11 @@ impl Reader {
         self.service_addresses.clone()
     }
 
+    /// The IPv4 addresses of all workloads, when they change.
+    pub fn workload_addresses(&self) -> watch::Receiver<Arc<BTreeSet<Ipv4Addr>>> {
+        self.workload_addresses.clone()
+    }
+
     /// Is told of every push.
     pub fn changes(&self) -> watch::Receiver<u64> {
         self.version.clone()
@@ -84,23 +90,27 @@ pub struct Writer {
     current: Arc<ArcSwap<Snapshot>>,
     version: watch::Sender<u64>,
     service_addresses: watch::Sender<Arc<BTreeSet<Ipv4Addr>>>,
+    workload_addresses: watch::Sender<Arc<BTreeSet<Ipv4Addr>>>,
 }
 
 /// An empty state.
 pub fn open() -> (Writer, Reader) {
     let current = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
     let (version, watch) = watch::channel(0);
-    let (service_addresses, addresses) = watch::channel(Arc::default());
+    let (service_addresses, of_services) = watch::channel(Arc::default());
+    let (workload_addresses, of_workloads) = watch::channel(Arc::default());
     let reader = Reader {
         current: current.clone(),
         version: watch,
-        service_addresses: addresses,
+        service_addresses: of_services,
+        workload_addresses: of_workloads,
     };
     let writer = Writer {
         state: State::default(),
         current,
         version,
         service_addresses,
+        workload_addresses,
     };
     (writer, reader)
 }
@@ -111,22 +121,33 @@ impl Writer {
         let of_services = changes
             .iter()
             .any(|change| matches!(change, Change::Service(_) | Change::RemoveAddress(_)));
+        let of_workloads = changes
+            .iter()
+            .any(|change| matches!(change, Change::Workload(_) | Change::RemoveAddress(_)));
         self.state.apply(changes);
         self.current.store(Arc::new(self.state.snapshot().clone()));
         self.version.send_modify(|v| *v += 1);
         if of_services {
-            let now: BTreeSet<Ipv4Addr> = self.state.snapshot().service_addresses().collect();
-            self.service_addresses.send_if_modified(|addresses| {
-                let changed = **addresses != now;
-                if changed {
-                    *addresses = Arc::new(now);
-                }
-                changed
-            });
+            let now = self.state.snapshot().service_addresses().collect();
+            publish(&self.service_addresses, now);
+        }
+        if of_workloads {
+            let now = self.state.snapshot().workload_addresses().collect();
+            publish(&self.workload_addresses, now);
         }
     }
 
     pub fn state(&self) -> &State {
         &self.state
     }
+}
+
+fn publish(addresses: &watch::Sender<Arc<BTreeSet<Ipv4Addr>>>, now: BTreeSet<Ipv4Addr>) {
+    addresses.send_if_modified(|before| {
+        let changed = **before != now;
+        if changed {
+            *before = Arc::new(now);
+        }
+        changed
+    });
 }

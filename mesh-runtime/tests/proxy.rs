@@ -14,6 +14,8 @@ mod dns;
 mod hostile;
 #[path = "proxy/lifetime.rs"]
 mod lifetime;
+#[path = "proxy/off_limits.rs"]
+mod off_limits;
 #[path = "proxy/policy.rs"]
 mod policy;
 #[path = "proxy/reach.rs"]

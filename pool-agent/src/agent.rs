@@ -33,7 +33,7 @@ use crate::{
     layout::Layout,
     ledger::{Ledger, LedgerError},
     metrics,
-    network::{Network, NetworkError},
+    network::{self, Network, NetworkError},
     policy::bounds::InvalidBounds,
     sandbox::{clock::Clock, perform::Workshop},
     service::{Calls, Facts, MAX_MESSAGE, Service, tls},
@@ -60,6 +60,8 @@ pub enum AgentError {
     Tls(#[from] tls::TlsError),
     #[error("the pool's TLS towards tenants' control planes")]
     PoolTls(#[from] InvalidPoolTls),
+    #[error("{0}")]
+    Policy(String),
     #[error("opening the network")]
     Network(#[from] NetworkError),
     #[error("asking the container runtime for its version")]
@@ -114,6 +116,14 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         "descriptors shared out"
     );
     let network = Network::open(layout.clone(), &config.uplink, config.pod_range).await?;
+    let networks = network::networks(&config.uplink)?;
+    let off_limits = config
+        .policy
+        .network
+        .off_limits(config.pod_range, &networks)
+        .map_err(AgentError::Policy)?;
+    tracing::info!(off_limits = ?off_limits, "the pool's addresses");
+    let off_limits = Arc::new(off_limits);
     let mut registry = Registry::default();
     let shown = Bounds::register(registry.sub_registry_with_prefix("pool_agent"));
     let mesh = MeshRuntime::start(
@@ -121,6 +131,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
             host: config.name.clone(),
             bpffs: config.bpffs.clone(),
             local_pods: config.pod_range,
+            off_limits: off_limits.clone(),
             pool_tls,
             limits,
         },
@@ -138,6 +149,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     let shop = Arc::new(Workshop {
         host: config.name.clone(),
         address: config.address,
+        pod_range: config.pod_range,
+        off_limits,
         memory: detect(&config.state_dir).memory_bytes,
         runtime: runtime.clone(),
         mesh: Mesh::new(mesh, &mut registry),

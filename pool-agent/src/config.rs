@@ -138,6 +138,11 @@ impl Config {
         }
         check_range(file.pod_range, file.address)
             .map_err(|problem| invalid(format!("pod_range: {problem}")))?;
+        // The host's networks are looked at when it starts.
+        file.policy
+            .network
+            .off_limits(file.pod_range, &[])
+            .map_err(invalid)?;
         let found = detected(&file.state_dir);
         let capacity = file.capacity.map_or(
             Resources {

@@ -21,7 +21,10 @@ use std::{
     time::Duration,
 };
 
-use mesh_runtime::runtime::{CloseTenantError, OpenTenantError};
+use mesh_runtime::{
+    off_limits::Refused,
+    runtime::{CloseTenantError, OpenTenantError},
+};
 use pool_agent_api::{
     Refusal, RefusalReason, Resources, SandboxKey, SandboxSpec, Tenant, TenantId,
     spec::{MeshMode, Volume},
@@ -59,6 +62,12 @@ pub enum TenantError {
     Refused(#[from] TenantRefusal),
     #[error("pods of the tenant are here, and {0}")]
     InUse(&'static str),
+    #[error("upstream_nameservers[{index}]: {server}:53: {refused}; this host's operator can allow it")]
+    NameServer {
+        index: usize,
+        server: IpAddr,
+        refused: Refused,
+    },
     #[error("making the tenant's router")]
     Network(#[from] NetworkError),
     #[error("opening the tenant's mesh")]
@@ -224,6 +233,17 @@ impl Host {
         };
         if known.as_ref().is_some_and(|known| known.settings == tenant) {
             return Ok(());
+        }
+        for (i, server) in tenant.upstream_nameservers.iter().enumerate() {
+            let limits = &self.inner.shop.off_limits;
+            let pods = limits.is_pods(*server).then_some(Refused::OffLimits);
+            if let Some(refused) = limits.refuse((*server, 53).into()).or(pods) {
+                return Err(TenantError::NameServer {
+                    index: i,
+                    server: *server,
+                    refused,
+                });
+            }
         }
         if known.is_some() {
             if pods {

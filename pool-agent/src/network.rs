@@ -116,7 +116,11 @@ impl Network {
         let Some(device) = host.find(uplink).await? else {
             return Err(NetworkError::NoUplink(uplink.to_owned()));
         };
-        if let Some((device, address)) = own_addresses()?.into_iter().find(|(_, a)| range.contains(a)) {
+        let taken = own_addresses()?
+            .into_iter()
+            .map(|(device, network)| (device, network.addr()))
+            .find(|(_, address)| range.contains(address));
+        if let Some((device, address)) = taken {
             return Err(NetworkError::RangeTaken {
                 range,
                 address,
@@ -146,8 +150,14 @@ impl Network {
     }
 }
 
-/// The IPv4 addresses of the host's devices.
-fn own_addresses() -> Result<Vec<(String, Ipv4Addr)>, NetworkError> {
+/// The networks that a device of the host is in.
+pub fn networks(device: &str) -> Result<Vec<Ipv4Net>, NetworkError> {
+    let own = own_addresses()?.into_iter().filter(|(name, _)| name == device);
+    Ok(own.map(|(_, network)| network.trunc()).collect())
+}
+
+/// The IPv4 addresses of the host's devices, each with its network.
+fn own_addresses() -> Result<Vec<(String, Ipv4Net)>, NetworkError> {
     let devices = nix::ifaddrs::getifaddrs().map_err(|source| NetworkError::Kernel {
         action: "listing the host's addresses".into(),
         source: source.into(),
@@ -155,7 +165,12 @@ fn own_addresses() -> Result<Vec<(String, Ipv4Addr)>, NetworkError> {
     Ok(devices
         .filter_map(|device| {
             let address = device.address?.as_sockaddr_in()?.ip();
-            Some((device.interface_name, address))
+            let mask = device.netmask.and_then(|mask| Some(mask.as_sockaddr_in()?.ip()));
+            let network = match mask {
+                Some(mask) => Ipv4Net::with_netmask(address, mask).ok()?,
+                None => address.into(),
+            };
+            Some((device.interface_name, network))
         })
         .collect())
 }

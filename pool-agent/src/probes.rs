@@ -9,9 +9,10 @@ mod dial;
 mod resolve;
 mod verdict;
 
-use std::{net::IpAddr, time::Duration};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
-use mesh_runtime::netns::Netns;
+use ipnet::Ipv4Net;
+use mesh_runtime::{netns::Netns, off_limits::OffLimits};
 use pool_agent_api::spec::{Action, HttpAction, Probe};
 use tokio::{
     sync::mpsc,
@@ -27,11 +28,21 @@ use verdict::Tally;
 /// Most of a command's or a server's answer that is shown to a user.
 const SHOWN: usize = 1024;
 
+/// Where a pod's probes and hooks are dialled from, and what they may reach.
+#[derive(Clone)]
+pub struct Vantage {
+    /// The tenant's router.
+    pub netns: Netns,
+    /// The pod's address.
+    pub pod: IpAddr,
+    pub local_pods: Ipv4Net,
+    pub off_limits: Arc<OffLimits>,
+}
+
 /// What a probe needs to reach its container.
 pub struct Prober {
     pub runtime: Runtime,
-    pub netns: Netns,
-    pub address: IpAddr,
+    pub from: Vantage,
     pub container: ContainerId,
 }
 
@@ -72,13 +83,9 @@ impl Prober {
         let work = async {
             match &probe.action {
                 Action::Exec { command } => self.exec(command, limit).await,
-                Action::Http(action) => {
-                    dial::http(&self.netns, self.address, action, "kube-probe/1.37").await
-                }
-                Action::Tcp { host, port } => dial::tcp(&self.netns, self.address, host.as_deref(), *port)
-                    .await
-                    .map(drop),
-                Action::Grpc { port, service } => dial::grpc(&self.netns, self.address, *port, service).await,
+                Action::Http(action) => dial::http(&self.from, action, "kube-probe/1.37").await,
+                Action::Tcp { host, port } => dial::tcp(&self.from, host.as_deref(), *port).await.map(drop),
+                Action::Grpc { port, service } => dial::grpc(&self.from, *port, service).await,
             }
         };
         // A little more than the runtime gives a command, whose own limit says it better.
@@ -111,11 +118,11 @@ fn shown(bytes: &[u8]) -> String {
 }
 
 /// A lifecycle hook: a GET that any answer below 400 satisfies.
-pub async fn http_hook(netns: &Netns, address: IpAddr, action: &HttpAction) -> Result<(), String> {
-    dial::http(netns, address, action, "kube-lifecycle/1.37").await
+pub async fn http_hook(from: &Vantage, action: &HttpAction) -> Result<(), String> {
+    dial::http(from, action, "kube-lifecycle/1.37").await
 }
 
 /// A lifecycle hook that only dials.
-pub async fn tcp_hook(netns: &Netns, address: IpAddr, host: Option<&str>, port: u16) -> Result<(), String> {
-    dial::tcp(netns, address, host, port).await.map(drop)
+pub async fn tcp_hook(from: &Vantage, host: Option<&str>, port: u16) -> Result<(), String> {
+    dial::tcp(from, host, port).await.map(drop)
 }

@@ -97,8 +97,17 @@ impl From<SandboxError> for Status {
 
 /// Goes on to its end when its caller goes away: what changes the host is done whole,
 /// and whoever asks again finds it so.
-async fn whole<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> Result<T, Status> {
-    tokio::spawn(work.in_current_span())
+/// The call counts as long as it goes on.
+async fn whole<T: Send + 'static>(
+    call: Call,
+    work: impl Future<Output = T> + Send + 'static,
+) -> Result<T, Status> {
+    let counted = async move {
+        let done = work.await;
+        drop(call);
+        done
+    };
+    tokio::spawn(counted.in_current_span())
         .await
         .map_err(|_| Status::internal("the call broke off in the agent"))
 }
@@ -133,17 +142,19 @@ impl PoolAgent for Service {
         request: Request<wire::Tenant>,
     ) -> Result<Response<wire::ConfigureTenantResponse>, Status> {
         let caller = caller(&request)?;
-        let _call = self.calls.begin(&caller, Kind::Call)?;
+        let call = self.calls.begin(&caller, Kind::Call)?;
         let tenant = Tenant::try_from(request.into_inner())?;
         own(&caller, &tenant.id)?;
         let host = self.host.clone();
-        whole(async move { host.configure_tenant(tenant).await })
+        whole(call, async move { host.configure_tenant(tenant).await })
             .await?
             .map_err(|error| {
                 let message = described(&error);
                 tracing::warn!(tenant = %caller, error = message, "a tenant was not configured");
                 match error {
-                    TenantError::Refused(_) | TenantError::InUse(_) => Status::failed_precondition(message),
+                    TenantError::Refused(_) | TenantError::InUse(_) | TenantError::NameServer { .. } => {
+                        Status::failed_precondition(message)
+                    }
                     TenantError::Network(_) | TenantError::Open(_) | TenantError::Close(_) => {
                         Status::internal(message)
                     }
@@ -159,7 +170,7 @@ impl PoolAgent for Service {
     ) -> Result<Response<wire::StartSandboxResponse>, Status> {
         use wire::start_sandbox_response::Outcome;
         let caller = caller(&request)?;
-        let _call = self.calls.begin(&caller, Kind::Call)?;
+        let call = self.calls.begin(&caller, Kind::Call)?;
         let spec = request
             .into_inner()
             .spec
@@ -168,7 +179,7 @@ impl PoolAgent for Service {
         own(&caller, &spec.tenant)?;
         let key = spec.key.clone();
         let host = self.host.clone();
-        let outcome = match whole(async move { host.start(spec).await }).await? {
+        let outcome = match whole(call, async move { host.start(spec).await }).await? {
             Ok(()) => Outcome::Accepted(wire::Accepted {}),
             Err(StartError::Refused(refusal)) => {
                 tracing::info!(
@@ -193,7 +204,7 @@ impl PoolAgent for Service {
         request: Request<wire::UpdateSandboxRequest>,
     ) -> Result<Response<wire::UpdateSandboxResponse>, Status> {
         let caller = caller(&request)?;
-        let _call = self.calls.begin(&caller, Kind::Call)?;
+        let call = self.calls.begin(&caller, Kind::Call)?;
         let message = request.into_inner();
         let key = SandboxKey::from_wire(message.key)?;
         let mut volumes = vec![];
@@ -206,7 +217,7 @@ impl PoolAgent for Service {
             volumes.push(volume);
         }
         let host = self.host.clone();
-        whole(async move { host.update(&caller, &key, volumes).await }).await??;
+        whole(call, async move { host.update(&caller, &key, volumes).await }).await??;
         Ok(Response::new(wire::UpdateSandboxResponse {}))
     }
 
@@ -215,12 +226,12 @@ impl PoolAgent for Service {
         request: Request<wire::StopSandboxRequest>,
     ) -> Result<Response<wire::StopSandboxResponse>, Status> {
         let caller = caller(&request)?;
-        let _call = self.calls.begin(&caller, Kind::Call)?;
+        let call = self.calls.begin(&caller, Kind::Call)?;
         let message = request.into_inner();
         let key = SandboxKey::from_wire(message.key)?;
         let grace = Duration::from_secs(message.grace_seconds).min(LONGEST_GRACE);
         let host = self.host.clone();
-        whole(async move { host.stop(&caller, &key, grace).await }).await??;
+        whole(call, async move { host.stop(&caller, &key, grace).await }).await??;
         Ok(Response::new(wire::StopSandboxResponse {}))
     }
 
@@ -229,10 +240,10 @@ impl PoolAgent for Service {
         request: Request<wire::ForgetSandboxRequest>,
     ) -> Result<Response<wire::ForgetSandboxResponse>, Status> {
         let caller = caller(&request)?;
-        let _call = self.calls.begin(&caller, Kind::Call)?;
+        let call = self.calls.begin(&caller, Kind::Call)?;
         let key = SandboxKey::from_wire(request.into_inner().key)?;
         let host = self.host.clone();
-        whole(async move { host.forget(&caller, &key).await }).await??;
+        whole(call, async move { host.forget(&caller, &key).await }).await??;
         Ok(Response::new(wire::ForgetSandboxResponse {}))
     }
 

@@ -17,7 +17,7 @@ use crate::{
     instance::Layout,
     pki::{Authority, Credential, PkiError, Subject},
     registry,
-    topology::{Host, REGISTRY, UPLINK},
+    topology::{API_SERVER, API_SERVER_PORT, Host, POD_RANGE, REGISTRY, UNDERLAY, UPLINK},
 };
 
 pub const TRUST_DOMAIN: &str = "pool.spindrift";
@@ -138,6 +138,7 @@ struct AgentConfig {
 struct Policy {
     privilege: PrivilegePolicy,
     images: ImagePolicy,
+    network: NetworkPolicy,
 }
 
 #[derive(Serialize)]
@@ -170,8 +171,22 @@ impl Policy {
                 allow_networks: [format!("{REGISTRY}/32")],
                 egress_listen: EGRESS,
             },
+            network: NetworkPolicy {
+                pool_ranges: vec![POD_RANGE],
+                underlay: vec![UNDERLAY],
+                // Pods reach the API server by its Service; names outside the cluster
+                // are asked of the same address.
+                allow: vec![(API_SERVER, API_SERVER_PORT).into(), (API_SERVER, 53).into()],
+            },
         }
     }
+}
+
+#[derive(Serialize)]
+struct NetworkPolicy {
+    pool_ranges: Vec<&'static str>,
+    underlay: Vec<&'static str>,
+    allow: Vec<SocketAddr>,
 }
 
 /// Prepares the host for its agent and tells what to run.

@@ -24,6 +24,8 @@ pub const CELL: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 4);
 /// Of the image registry, where an instance has one.
 pub const REGISTRY: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 3);
 pub const VIRTUAL_NODE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
+/// What hosts and control planes are in.
+pub const UNDERLAY: &str = "192.0.2.0/24";
 pub const POD_RANGE: &str = "10.77.0.0/16";
 pub const SERVICE_RANGE: &str = "10.96.0.0/16";
 /// Kubernetes wants one; nothing of the cell is reached by a Service.

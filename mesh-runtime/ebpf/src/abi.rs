@@ -8,7 +8,7 @@
 //! written; the programs convert from the network's order once, in `parse`.
 
 /// Part of the path under which everything is pinned.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 
 /// Put on packets that are the proxy's. A policy route delivers them locally.
 pub const MARK: u32 = 0x15;
@@ -23,6 +23,19 @@ pub const MAX_SERVICES: usize = 16_384;
 
 /// Addresses of the host itself, IPv4, on all its devices.
 pub const MAX_HOST_ADDRESSES: usize = 256;
+
+/// Ranges of pods, over all hosts of the pool, and ranges of what no pod may
+/// reach. They stand in [`Settings`] and are gone through for each packet that
+/// is not the proxy's alone, so they are few: what lies side by side is one.
+pub const MAX_POOL_RANGES: usize = 16;
+pub const MAX_OFF_LIMITS: usize = 64;
+
+/// Addresses and ports that pods may reach all the same.
+pub const MAX_ALLOWED: usize = 256;
+
+/// Workloads of one tenant with an address in the pool's ranges, over all hosts.
+/// Entries are allocated as they come (about 70 bytes each).
+pub const MAX_WORKLOADS: usize = 65_536;
 
 /// A pod of this host.
 #[repr(C)]
@@ -45,12 +58,17 @@ pub const UNMESHED: u8 = 2;
 
 /// What holds for the whole router.
 #[repr(C)]
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Settings {
-    /// The tenant's pods, over all hosts.
+    /// The tenant's pods, over all hosts. The tenant's say.
     pub cluster_pods: Range,
-    /// This host's slice of them.
+    /// The pods of this host, of all tenants.
     pub local_pods: Range,
+    /// The pods of the pool, of all tenants over all hosts. The operator's say, as
+    /// is what follows.
+    pub pool: [Range; MAX_POOL_RANGES],
+    /// What no pod may reach: hosts, infrastructure, clouds' metadata services.
+    pub off_limits: [Range; MAX_OFF_LIMITS],
     /// The cluster DNS address.
     pub dns: u32,
     /// The link-local address that pods have as their gateway: the source of
@@ -75,10 +93,19 @@ pub struct Range {
 }
 
 impl Range {
+    /// Holds no address.
+    pub const NONE: Self = Self { address: 1, mask: 0 };
+
     #[inline(always)]
     pub fn contains(&self, address: u32) -> bool {
         address & self.mask == self.address
     }
+}
+
+/// An address with a port, as a key.
+#[inline(always)]
+pub fn endpoint(address: u32, port: u16) -> u64 {
+    (address as u64) << 16 | port as u64
 }
 
 /// Indices of the listeners' map.
@@ -137,10 +164,16 @@ pub enum Reason {
     /// A packet for the proxy that was about to leave by the uplink: the policy
     /// route is missing.
     Leak = 20,
+    /// To an address of the pool that is no workload of the tenant's, or to one that
+    /// the operator keeps for the infrastructure.
+    OffLimits = 21,
+    /// From outside, in the name of a pod of the pool that is no workload of the
+    /// tenant's, and not for the mesh's port.
+    ForeignPod = 22,
 }
 
 impl Reason {
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 23] = [
         Self::UnknownDevice,
         Self::SourceMac,
         Self::SourceAddress,
@@ -162,6 +195,8 @@ impl Reason {
         Self::HostLocal,
         Self::NoListener,
         Self::Leak,
+        Self::OffLimits,
+        Self::ForeignPod,
     ];
     pub const COUNT: usize = Self::ALL.len();
 
@@ -189,6 +224,8 @@ impl Reason {
             Self::HostLocal => "host_local",
             Self::NoListener => "no_listener",
             Self::Leak => "leak",
+            Self::OffLimits => "off_limits",
+            Self::ForeignPod => "foreign_pod",
         }
     }
 }

@@ -5,9 +5,11 @@
 //! What always holds:
 //! - what is not known is dropped, with the reason that is counted;
 //! - TCP of an enrolled pod is never passed on: it is the proxy's or dropped;
+//! - nothing of the pool is reached but the tenant's own workloads, and nobody who
+//!   has a pool's address reaches them but they themselves and the mesh;
 //! - a packet that passes has the source of the pod whose device it came from.
 
-use super::abi::{ENROLLED, PodEntry, Reason, Settings, slot};
+use super::abi::{ENROLLED, PodEntry, Range, Reason, Settings, slot};
 
 /// Ethernet, IPv4 without options, and the first 8 bytes after: ports, or
 /// ICMP's type. No legal packet that could pass is shorter.
@@ -48,6 +50,10 @@ pub trait Tables {
     fn is_service(&self, address: u32) -> bool;
     /// Whether it is one of the host's own.
     fn is_host(&self, address: u32) -> bool;
+    /// Whether the tenant has a workload with this address of the pool, on any host.
+    fn is_workload(&self, address: u32) -> bool;
+    /// Whether the operator lets pods reach this, which is off limits but for that.
+    fn is_allowed(&self, address: u32, port: u16) -> bool;
 }
 
 /// What the decision needs of a packet.
@@ -59,6 +65,8 @@ pub struct Packet {
     pub protocol: u8,
     /// Any part of a fragmented packet, the first included.
     pub fragment: bool,
+    /// Not an ICMP packet's: 0.
+    pub source_port: u16,
     /// Not an ICMP packet's: 0.
     pub destination_port: u16,
     /// Not another protocol's: 0.
@@ -90,6 +98,7 @@ pub fn parse(f: &[u8; HEADERS]) -> Result<Packet, Reason> {
         return Err(Reason::IpOptions);
     }
     let protocol = f[23];
+    let has_ports = protocol == TCP || protocol == UDP;
     Ok(Packet {
         source_mac: [f[6], f[7], f[8], f[9], f[10], f[11]],
         source: u32::from_be_bytes([f[26], f[27], f[28], f[29]]),
@@ -97,11 +106,8 @@ pub fn parse(f: &[u8; HEADERS]) -> Result<Packet, Reason> {
         protocol,
         // More-fragments, or an offset.
         fragment: be16(f[20], f[21]) & 0x3fff != 0,
-        destination_port: if protocol == TCP || protocol == UDP {
-            be16(f[36], f[37])
-        } else {
-            0
-        },
+        source_port: if has_ports { be16(f[34], f[35]) } else { 0 },
+        destination_port: if has_ports { be16(f[36], f[37]) } else { 0 },
         icmp_type: if protocol == ICMP { f[34] } else { 0 },
         tcp_flags: 0,
     })
@@ -136,6 +142,14 @@ impl Packet {
             && (self.protocol == UDP || self.protocol == TCP)
     }
 
+    /// Of a tunnel, to an enrolled pod: whoever sends it proves who it is, or is
+    /// turned away by the proxy. An answer belongs to a tunnel that was opened here.
+    #[inline(always)]
+    fn is_tunnels(&self) -> bool {
+        self.protocol == TCP
+            && (self.destination_port == HBONE_PORT || (self.source_port == HBONE_PORT && !self.is_opening()))
+    }
+
     #[inline(always)]
     fn is_to_proxy_port(&self, settings: &Settings) -> bool {
         let [first, last] = settings.proxy_ports;
@@ -156,6 +170,27 @@ fn is_router(settings: &Settings, address: u32) -> bool {
 fn is_unreachable(address: u32) -> bool {
     let first = (address >> 24) as u8;
     first == 0 || first == 127 || first >= 224 || address >> 16 == 0xa9fe
+}
+
+/// Every range is looked at whatever the ones before said: a kernel that has to
+/// prove the program safe follows each branch there is.
+#[inline(always)]
+fn within<const N: usize>(ranges: &[Range; N], address: u32) -> bool {
+    let mut found = false;
+    for range in ranges {
+        found |= range.contains(address);
+    }
+    found
+}
+
+/// Whether it is an address of the pool, but none that the tenant may reach.
+#[inline(always)]
+fn is_off_limits(settings: &Settings, packet: &Packet, tables: &impl Tables) -> bool {
+    if within(&settings.off_limits, packet.destination) {
+        // In a fragment there may be anything where a port would be.
+        return packet.fragment || !tables.is_allowed(packet.destination, packet.destination_port);
+    }
+    within(&settings.pool, packet.destination) && !tables.is_workload(packet.destination)
 }
 
 #[inline(always)]
@@ -205,16 +240,24 @@ fn from_enrolled(settings: &Settings, packet: &Packet, tables: &impl Tables) -> 
     }
     match packet.protocol {
         TCP => Capture,
-        UDP if settings.cluster_pods.contains(packet.destination) => Drop(Reason::UdpToPod),
-        ICMP if settings.cluster_pods.contains(packet.destination) => Drop(Reason::IcmpToPod),
+        UDP if is_pods(settings, packet.destination) => Drop(Reason::UdpToPod),
+        ICMP if is_pods(settings, packet.destination) => Drop(Reason::IcmpToPod),
         ICMP if !packet.is_useful_icmp() => Drop(Reason::IcmpType),
         UDP | ICMP if tables.is_service(packet.destination) || packet.destination == settings.dns => {
             Drop(Reason::NotTcpToService)
         }
         UDP | ICMP if tables.is_host(packet.destination) => Drop(Reason::HostLocal),
+        UDP | ICMP if is_off_limits(settings, packet, tables) => Drop(Reason::OffLimits),
         UDP | ICMP => Pass,
         _ => Drop(Reason::Protocol),
     }
+}
+
+/// Whether it is where pods are, the tenant's or others'. What the tenant says of
+/// its own range may be too little.
+#[inline(always)]
+fn is_pods(settings: &Settings, address: u32) -> bool {
+    settings.cluster_pods.contains(address) || within(&settings.pool, address)
 }
 
 #[inline(always)]
@@ -236,8 +279,22 @@ fn from_unmeshed(settings: &Settings, packet: &Packet, tables: &impl Tables) -> 
             }
         }
         None if tables.is_host(packet.destination) => Drop(Reason::HostLocal),
+        None if is_off_limits(settings, packet, tables) && !is_answer(settings, packet) => {
+            Drop(Reason::OffLimits)
+        }
         None => Pass,
     }
+}
+
+/// Whether it can only be part of a connection that the other side opened. Nobody
+/// of the pool opens one to a pod that may not open one to him; the infrastructure
+/// may, as an API server that calls a webhook does.
+#[inline(always)]
+fn is_answer(settings: &Settings, packet: &Packet) -> bool {
+    packet.protocol == TCP
+        && !packet.fragment
+        && !packet.is_opening()
+        && !within(&settings.pool, packet.destination)
 }
 
 /// A pod's plaintext to an enrolled pod here. TCP is the proxy's to admit.
@@ -266,15 +323,20 @@ fn to_unmeshed(settings: &Settings, packet: &Packet) -> Verdict {
 /// that an ICMP error quotes.
 #[inline(always)]
 pub fn from_uplink(settings: &Settings, packet: &Packet, quoted: u8, tables: &impl Tables) -> Verdict {
-    if packet.destination == settings.router && settings.router != 0 {
-        return Pass;
-    }
     if settings.local_pods.contains(packet.source) {
         return Drop(Reason::SourceAddress);
+    }
+    // Another tenant's pod or router, or somebody who takes one's name.
+    let foreign = within(&settings.pool, packet.source) && !tables.is_workload(packet.source);
+    if packet.destination == settings.router && settings.router != 0 {
+        return if foreign { Drop(Reason::ForeignPod) } else { Pass };
     }
     let Some(to) = tables.pod(packet.destination) else {
         return Drop(Reason::NoSuchPod);
     };
+    if foreign && !(to.mode == ENROLLED && packet.is_tunnels()) {
+        return Drop(Reason::ForeignPod);
+    }
     if packet.fragment && (packet.protocol == TCP || to.mode == ENROLLED) {
         return Drop(Reason::Fragment);
     }
@@ -284,7 +346,7 @@ pub fn from_uplink(settings: &Settings, packet: &Packet, quoted: u8, tables: &im
     if to.mode != ENROLLED {
         return to_unmeshed(settings, packet);
     }
-    let from_pod = settings.cluster_pods.contains(packet.source);
+    let from_pod = is_pods(settings, packet.source);
     match packet.protocol {
         TCP => Capture,
         UDP if from_pod => Drop(Reason::UdpToPod),
@@ -295,6 +357,30 @@ pub fn from_uplink(settings: &Settings, packet: &Packet, quoted: u8, tables: &im
         UDP | ICMP => Pass,
         _ => Drop(Reason::Protocol),
     }
+}
+
+/// A packet that is about to leave by the uplink, whoever sent it: a pod, whose
+/// packets [`from_pod`] has let pass, or a socket of this host in the router (the
+/// proxy's, a probe's, a question to a name server). What those may dial is decided
+/// where they are; here it is held.
+#[inline(always)]
+pub fn to_uplink(settings: &Settings, packet: &Packet, tables: &impl Tables) -> Verdict {
+    let answer = match packet.protocol {
+        // A tunnel's far end proves who it is, and may be known to the proxy before it
+        // is to the kernel.
+        TCP => {
+            !packet.is_opening()
+                || (packet.destination_port == HBONE_PORT
+                    && !within(&settings.off_limits, packet.destination))
+        }
+        // The router's own: a pod's to what is off limits has been dropped.
+        ICMP => packet.is_icmp_error(),
+        _ => false,
+    };
+    if !answer && is_off_limits(settings, packet, tables) {
+        return Drop(Reason::OffLimits);
+    }
+    Pass
 }
 
 /// A packet that asks for a listener.

@@ -52,20 +52,28 @@ impl Frame {
         unsafe { (*self.skb()).mark }
     }
 
+    /// Of a frame that came in.
     #[inline(always)]
     pub fn headers(&self) -> Result<Packet, Reason> {
         // SAFETY: as above. A tag may stand beside the frame instead of in it.
         if unsafe { (*self.skb()).vlan_present } != 0 {
             return Err(Reason::Vlan);
         }
+        let packet = self.packet()?;
+        // SAFETY: as above.
+        if unsafe { (*self.skb()).pkt_type } != PACKET_HOST {
+            return Err(Reason::NotForThisHost);
+        }
+        Ok(packet)
+    }
+
+    /// Of any frame.
+    #[inline(always)]
+    pub fn packet(&self) -> Result<Packet, Reason> {
         let headers: [u8; HEADERS] = self.context.load(0).map_err(|_| Reason::Malformed)?;
         let mut packet = parse(&headers)?;
         if packet.protocol == TCP {
             packet.tcp_flags = self.context.load(TCP_FLAGS).map_err(|_| Reason::Malformed)?;
-        }
-        // SAFETY: as above.
-        if unsafe { (*self.skb()).pkt_type } != PACKET_HOST {
-            return Err(Reason::NotForThisHost);
         }
         Ok(packet)
     }

@@ -9,7 +9,10 @@ use aya_ebpf::{
 };
 
 use crate::{
-    abi::{MAX_HOST_ADDRESSES, MAX_PODS, MAX_SERVICES, PodEntry, Reason, Settings, slot},
+    abi::{
+        endpoint, MAX_ALLOWED, MAX_HOST_ADDRESSES, MAX_PODS, MAX_SERVICES, MAX_WORKLOADS, PodEntry, Reason, Settings,
+        slot,
+    },
     classify::Tables,
 };
 
@@ -29,6 +32,15 @@ static SERVICES: HashMap<u32, u8, MAX_SERVICES, { BPF_F_NO_PREALLOC as usize }> 
 /// Addresses of the host and of the router; the value says nothing.
 #[btf_map]
 static HOST_ADDRESSES: HashMap<u32, u8, MAX_HOST_ADDRESSES> = HashMap::new();
+
+/// The tenant's workloads in the pool's ranges, by address; the value says nothing.
+#[btf_map]
+static WORKLOADS: HashMap<u32, u8, MAX_WORKLOADS, { BPF_F_NO_PREALLOC as usize }> = HashMap::new();
+
+/// What is off limits but for this: an address, and a port in the lowest 16 bits; the
+/// value says nothing.
+#[btf_map]
+static ALLOWED: HashMap<u64, u8, MAX_ALLOWED> = HashMap::new();
 
 #[btf_map]
 static SETTINGS: Array<Settings, 1> = Array::new();
@@ -98,5 +110,17 @@ impl Tables for Maps {
     fn is_host(&self, address: u32) -> bool {
         // SAFETY: only the presence is looked at.
         unsafe { HOST_ADDRESSES.get(address) }.is_some()
+    }
+
+    #[inline(always)]
+    fn is_workload(&self, address: u32) -> bool {
+        // SAFETY: only the presence is looked at.
+        unsafe { WORKLOADS.get(address) }.is_some()
+    }
+
+    #[inline(always)]
+    fn is_allowed(&self, address: u32, port: u16) -> bool {
+        // SAFETY: only the presence is looked at.
+        unsafe { ALLOWED.get(endpoint(address, port)) }.is_some()
     }
 }

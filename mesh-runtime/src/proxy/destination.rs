@@ -8,7 +8,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::{
-    off_limits::{self, Refused},
+    off_limits::{self, OffLimits, Refused},
     state::{ServiceView, Snapshot, Workload},
 };
 
@@ -22,13 +22,15 @@ pub(crate) struct Network {
     /// Addresses of the host and the router. The proxy stands where they are
     /// local, so dialling them for a pod would open the host's own services.
     pub(crate) host: Box<[IpAddr]>,
+    /// Whose addresses are whose in the pool, as its operator says.
+    pub(crate) off_limits: Arc<OffLimits>,
 }
 
 #[derive(Debug)]
 pub(crate) enum Destination<'a> {
     Service(&'a ServiceView),
     Workload(&'a Arc<Workload>),
-    /// In the range of pods, but not known, or not yet. Never dialled as it is:
+    /// In a range of pods, but not known, or not yet. Never dialled as it is:
     /// between pods there is nothing but the mesh.
     UnknownPod,
     /// Outside the mesh: TCP as it is.
@@ -44,7 +46,7 @@ pub(crate) fn resolve<'a>(
     destination: SocketAddr,
 ) -> Destination<'a> {
     let ip = destination.ip().to_canonical();
-    if let Some(refused) = refuse(network, ip) {
+    if let Some(refused) = off_limits::refuse(&network.host, ip) {
         return Destination::Refused(refused);
     }
     if let Some(view) = state.service_at(&network.name, ip, namespace) {
@@ -53,17 +55,17 @@ pub(crate) fn resolve<'a>(
     if let Some(workload) = state.workload_at(&network.name, ip) {
         return Destination::Workload(workload);
     }
-    if network.cluster_pods.contains(&ip) {
+    if network.cluster_pods.contains(&ip) || network.off_limits.is_pods(ip) {
         Destination::UnknownPod
     } else {
         Destination::Outside
     }
 }
 
-/// Also holds for endpoints, which are the tenant's say: an EndpointSlice may
-/// name 127.0.0.1.
-pub(crate) fn refuse(network: &Network, ip: IpAddr) -> Option<Refused> {
-    off_limits::refuse(&network.host, ip)
+/// Whether `to` must not be dialled, whosever it is said to be. Endpoints are the
+/// tenant's say: an EndpointSlice may name 127.0.0.1, or another host's agent.
+pub(crate) fn refuse(network: &Network, to: SocketAddr) -> Option<Refused> {
+    off_limits::refuse(&network.host, to.ip()).or_else(|| network.off_limits.refuse(to))
 }
 
 #[cfg(test)]

@@ -306,7 +306,7 @@ impl Captured<'_> {
     }
 
     async fn attempt(&self, hop: &Hop) -> Result<Reached, Failure> {
-        if let Some(refused) = destination::refuse(&self.mesh.network, hop.address.ip()) {
+        if let Some(refused) = destination::refuse(&self.mesh.network, hop.address) {
             return Err(refused.into());
         }
         if let Some(there) = self.mesh.pods.at(hop.address.ip()) {
@@ -317,8 +317,11 @@ impl Captured<'_> {
             Some((w, Reach::Hbone)) if self.pod.lease.is_some() => return self.tunnel(hop, w).await,
             _ => {}
         }
-        if self.mesh.local_pods.contains(&hop.address.ip()) {
-            // In the range of this host's pods, but no pod's.
+        let ip = hop.address.ip();
+        if self.mesh.local_pods.contains(&ip)
+            || (hop.workload.is_none() && self.mesh.network.off_limits.is_pods(ip))
+        {
+            // In a range of pods, but no pod's of this host's tenant, or none that is known.
             return Err(Failure::UnknownPod);
         }
         let server = self.mesh.dialer.connect(self.source(), hop.address).await?;
@@ -378,6 +381,10 @@ impl Captured<'_> {
             to: SocketAddr::new(hop.address.ip(), HBONE_PORT),
             expected: to.identity.clone(),
         };
+        // What was allowed is another port of it.
+        if let Some(refused) = destination::refuse(&self.mesh.network, key.to) {
+            return Err(refused.into());
+        }
         let source = Source {
             address: self.source(),
             certificate: self.mesh.certificate(self.pod).await?,

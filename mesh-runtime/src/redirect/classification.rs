@@ -9,7 +9,7 @@ use super::{
     abi::{ENROLLED, PodEntry, Range, Reason, Settings, UNMESHED, slot},
     classify::{
         Arrival, DNS_PORT, HBONE_PORT, HEADERS, ICMP, Packet, Selection, TCP, Tables, UDP, Verdict, from_pod,
-        from_uplink, parse, select,
+        from_uplink, parse, select, to_uplink,
     },
 };
 
@@ -22,10 +22,13 @@ const ROUTER: Ipv4Addr = Ipv4Addr::new(169, 254, 2, 2);
 const ENROLLED_HERE: Ipv4Addr = Ipv4Addr::new(10, 77, 1, 2);
 const UNMESHED_HERE: Ipv4Addr = Ipv4Addr::new(10, 77, 1, 3);
 const POD_ELSEWHERE: Ipv4Addr = Ipv4Addr::new(10, 77, 2, 2);
+/// Of another tenant, in no range that this one says is its own.
+const FOREIGN_POD: Ipv4Addr = Ipv4Addr::new(10, 78, 2, 2);
+const OTHER_HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 12);
 const STRANGER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 5);
 
 /// Every kind of address there is.
-const ADDRESSES: [Ipv4Addr; 16] = [
+const ADDRESSES: [Ipv4Addr; 18] = [
     DNS,
     SERVICE,
     HOST,
@@ -34,6 +37,8 @@ const ADDRESSES: [Ipv4Addr; 16] = [
     ENROLLED_HERE,
     UNMESHED_HERE,
     POD_ELSEWHERE,
+    FOREIGN_POD,
+    OTHER_HOST,
     STRANGER,
     Ipv4Addr::new(10, 77, 1, 99),
     Ipv4Addr::LOCALHOST,
@@ -69,12 +74,26 @@ impl Tables for Host {
     fn is_host(&self, address: u32) -> bool {
         [HOST, GATEWAY, ROUTER].map(u32::from).contains(&address)
     }
+
+    fn is_workload(&self, address: u32) -> bool {
+        [ENROLLED_HERE, UNMESHED_HERE, POD_ELSEWHERE]
+            .map(u32::from)
+            .contains(&address)
+    }
+
+    fn is_allowed(&self, address: u32, port: u16) -> bool {
+        (address, port) == (OTHER_HOST.into(), 6443)
+    }
 }
 
 fn host() -> Host {
     Host {
         pods: pods().into_iter().map(|pod| (pod.address, pod)).collect(),
     }
+}
+
+fn ranges<const N: usize>(some: &[Range]) -> [Range; N] {
+    std::array::from_fn(|i| some.get(i).copied().unwrap_or(Range::NONE))
 }
 
 fn settings() -> Settings {
@@ -85,6 +104,11 @@ fn settings() -> Settings {
     Settings {
         cluster_pods: range(Ipv4Addr::new(10, 77, 0, 0), 16),
         local_pods: range(Ipv4Addr::new(10, 77, 1, 0), 24),
+        pool: ranges(&[
+            range(Ipv4Addr::new(10, 77, 0, 0), 16),
+            range(Ipv4Addr::new(10, 78, 0, 0), 16),
+        ]),
+        off_limits: ranges(&[range(Ipv4Addr::new(192, 0, 2, 0), 24)]),
         dns: DNS.into(),
         gateway: GATEWAY.into(),
         router: ROUTER.into(),
@@ -115,6 +139,7 @@ fn packet(pod: &PodEntry, destination: Ipv4Addr, protocol: u8, port: u16) -> Pac
         destination: destination.into(),
         protocol,
         fragment: false,
+        source_port: 40_000,
         destination_port: port,
         icmp_type: if protocol == ICMP { 8 } else { 0 },
         tcp_flags: if protocol == TCP { 0x02 } else { 0 },
@@ -139,6 +164,7 @@ fn headers_are_read_where_they_stand() {
             destination: SERVICE.into(),
             protocol: TCP,
             fragment: false,
+            source_port: 0x9c40,
             destination_port: 8080,
             icmp_type: 0,
             tcp_flags: 0,
@@ -201,6 +227,12 @@ fn what_an_enrolled_pod_sends() {
         (GATEWAY, UDP, 80, Drop(Reason::HostLocal)),
         (ROUTER, ICMP, 0, Drop(Reason::HostLocal)),
         (STRANGER, 132, 0, Drop(Reason::Protocol)),
+        (FOREIGN_POD, TCP, 80, Capture),
+        (FOREIGN_POD, UDP, 53, Drop(Reason::UdpToPod)),
+        (FOREIGN_POD, ICMP, 0, Drop(Reason::IcmpToPod)),
+        (OTHER_HOST, UDP, 53, Drop(Reason::OffLimits)),
+        (OTHER_HOST, UDP, 6443, Pass),
+        (OTHER_HOST, ICMP, 0, Drop(Reason::OffLimits)),
     ];
     for (destination, protocol, port, verdict) in cases {
         let packet = packet(&pod, destination, protocol, port);
@@ -237,6 +269,14 @@ fn what_an_unmeshed_pod_sends() {
         (GATEWAY, TCP, 1, Capture),
         (HOST, TCP, 22, Drop(Reason::HostLocal)),
         (HOST, 132, 0, Drop(Reason::HostLocal)),
+        (FOREIGN_POD, TCP, 80, Drop(Reason::OffLimits)),
+        (FOREIGN_POD, TCP, HBONE_PORT, Drop(Reason::OffLimits)),
+        (FOREIGN_POD, UDP, 53, Drop(Reason::OffLimits)),
+        (FOREIGN_POD, ICMP, 0, Drop(Reason::OffLimits)),
+        (OTHER_HOST, TCP, 7443, Drop(Reason::OffLimits)),
+        (OTHER_HOST, TCP, 6443, Pass),
+        (OTHER_HOST, UDP, 7443, Drop(Reason::OffLimits)),
+        (OTHER_HOST, 132, 0, Drop(Reason::OffLimits)),
     ];
     for (destination, protocol, port, verdict) in cases {
         let packet = packet(&pod, destination, protocol, port);
@@ -366,6 +406,7 @@ fn any_packet() -> impl Strategy<Value = Packet> {
             destination,
             protocol,
             fragment,
+            source_port: 0,
             destination_port: if protocol == TCP || protocol == UDP {
                 port
             } else {
@@ -440,6 +481,39 @@ proptest! {
         {
             prop_assert!(host().pod(packet.destination).is_some());
             prop_assert!(!settings().local_pods.contains(packet.source), "one of ours, from outside");
+        }
+    }
+
+    #[test]
+    fn nothing_opens_a_way_to_what_is_off_limits(which in 0..2usize, packet in any_packet()) {
+        let limits = |to| packet.destination == u32::from(to);
+        let allowed = limits(OTHER_HOST) && packet.destination_port == 6443 && !packet.fragment;
+        if (limits(FOREIGN_POD) || limits(OTHER_HOST)) && !allowed {
+            let pod = pods()[which];
+            // An enrolled pod's is the proxy's to refuse; a plain pod may only answer.
+            let from_pod = from_pod(&pod, &settings(), &packet, &host());
+            prop_assert!(from_pod != Verdict::Pass || (packet.protocol == TCP && !packet.is_opening()));
+            prop_assert!(!(limits(FOREIGN_POD) && from_pod == Verdict::Pass));
+            let out = to_uplink(&settings(), &packet, &host());
+            let tunnel = limits(FOREIGN_POD) && packet.protocol == TCP && packet.destination_port == HBONE_PORT;
+            let answer = packet.protocol == TCP && !packet.is_opening() || packet.is_icmp_error();
+            prop_assert!(out != Verdict::Pass || tunnel || answer);
+        }
+    }
+
+    #[test]
+    fn a_foreign_pod_comes_to_nobody_but_a_tunnels_listener(packet in any_packet(), source_port in any::<u16>()) {
+        let packet = Packet { source: FOREIGN_POD.into(), source_port, ..packet };
+        match from_uplink(&settings(), &packet, 0, &host()) {
+            Verdict::Drop(_) => {}
+            Verdict::Capture => {
+                prop_assert_eq!(packet.destination, u32::from(ENROLLED_HERE));
+                prop_assert_eq!(packet.protocol, TCP);
+                if packet.is_opening() {
+                    prop_assert_eq!(packet.destination_port, HBONE_PORT);
+                }
+            }
+            passed => prop_assert!(false, "{:?}", passed),
         }
     }
 

@@ -43,7 +43,10 @@ use nix::{errno::Errno, net::if_::if_nametoindex};
 
 use super::{
     Drops,
-    abi::{self, MAX_HOST_ADDRESSES, MAX_PODS, MAX_SERVICES, PodEntry, Reason, SCHEMA, Settings, slot},
+    abi::{
+        self, MAX_ALLOWED, MAX_HOST_ADDRESSES, MAX_OFF_LIMITS, MAX_PODS, MAX_POOL_RANGES, MAX_SERVICES,
+        MAX_WORKLOADS, PodEntry, Reason, SCHEMA, Settings, slot,
+    },
     listeners::Listeners,
 };
 use crate::netns::Netns;
@@ -55,7 +58,7 @@ static OBJECT: &[u8] = include_bytes_aligned!("../../ebpf/object/redirect.o");
 unsafe impl aya::Pod for PodEntry {}
 unsafe impl aya::Pod for Settings {}
 const _: () = assert!(size_of::<PodEntry>() == 4 + 4 + 6 + 1 + 1);
-const _: () = assert!(size_of::<Settings>() == 2 * 8 + 4 * 4 + 4);
+const _: () = assert!(size_of::<Settings>() == (2 + MAX_POOL_RANGES + MAX_OFF_LIMITS) * 8 + 4 * 4 + 4);
 
 #[derive(Debug, thiserror::Error)]
 pub enum ProgramsError {
@@ -112,6 +115,8 @@ pub enum ProgramsError {
     TooManyHostAddresses { count: usize },
     #[error("{count} Service addresses, more than the {MAX_SERVICES} there is room for")]
     TooManyServices { count: usize },
+    #[error("{count} addresses of workloads, more than the {MAX_WORKLOADS} there is room for")]
+    TooManyWorkloads { count: usize },
 }
 
 /// A pod's device, as the agent hands it over.
@@ -133,6 +138,7 @@ pub(super) struct Programs {
     by_device: HashMap<MapData, u32, PodEntry>,
     by_address: HashMap<MapData, u32, PodEntry>,
     services: HashMap<MapData, u32, u8>,
+    workloads: HashMap<MapData, u32, u8>,
     drops: Arc<Drops>,
 }
 
@@ -163,6 +169,7 @@ impl Programs {
         uplink: String,
         settings: Settings,
         host_addresses: &BTreeSet<u32>,
+        allowed: &BTreeSet<u64>,
         listeners: &Listeners,
     ) -> Result<Self, ProgramsError> {
         if host_addresses.len() > MAX_HOST_ADDRESSES {
@@ -211,12 +218,15 @@ impl Programs {
         }
         let mut hosts = take(&mut ebpf, "HOST_ADDRESSES")?;
         replace(&mut hosts, host_addresses, "HOST_ADDRESSES")?;
+        let mut allowances = take(&mut ebpf, "ALLOWED")?;
+        replace(&mut allowances, allowed, "ALLOWED")?;
         let mut slots: SockMap<MapData> = take(&mut ebpf, "LISTENERS")?;
         let mut programs = Self {
             by_device: take(&mut ebpf, "PODS_BY_DEVICE")?,
             by_address: take(&mut ebpf, "PODS_BY_ADDRESS")?,
             drops: Arc::new(Drops::new(take(&mut ebpf, "DROPS")?)),
             services: take(&mut ebpf, "SERVICES")?,
+            workloads: take(&mut ebpf, "WORKLOADS")?,
             directory,
             router,
             uplink,
@@ -374,6 +384,16 @@ impl Programs {
             });
         }
         replace(&mut self.services, addresses, "SERVICES")
+    }
+
+    /// The addresses of the tenant's workloads in the pool's ranges.
+    pub(super) fn set_workloads(&mut self, addresses: &BTreeSet<u32>) -> Result<(), ProgramsError> {
+        if addresses.len() > MAX_WORKLOADS {
+            return Err(ProgramsError::TooManyWorkloads {
+                count: addresses.len(),
+            });
+        }
+        replace(&mut self.workloads, addresses, "WORKLOADS")
     }
 
     /// Takes everything of this router out of the kernel. For a router that is
@@ -587,6 +607,8 @@ const SHAPES: &[(&str, [usize; 3])] = &[
     ("PODS_BY_ADDRESS", [4, size_of::<PodEntry>(), MAX_PODS]),
     ("SERVICES", [4, 1, MAX_SERVICES]),
     ("HOST_ADDRESSES", [4, 1, MAX_HOST_ADDRESSES]),
+    ("WORKLOADS", [4, 1, MAX_WORKLOADS]),
+    ("ALLOWED", [8, 1, MAX_ALLOWED]),
     ("SETTINGS", [4, size_of::<Settings>(), 1]),
     ("LISTENERS", [4, 4, slot::COUNT]),
     ("DROPS", [4, 8, Reason::COUNT]),
@@ -628,9 +650,9 @@ fn get(
     }
 }
 
-fn remove<V: aya::Pod>(
-    map: &mut HashMap<MapData, u32, V>,
-    key: u32,
+fn remove<K: aya::Pod, V: aya::Pod>(
+    map: &mut HashMap<MapData, K, V>,
+    key: K,
     name: &'static str,
 ) -> Result<(), ProgramsError> {
     match map.remove(&key) {
@@ -644,12 +666,12 @@ fn remove<V: aya::Pod>(
 }
 
 /// Makes the map's keys these, by writing the difference.
-fn replace(
-    map: &mut HashMap<MapData, u32, u8>,
-    keys: &BTreeSet<u32>,
+fn replace<K: aya::Pod + Ord>(
+    map: &mut HashMap<MapData, K, u8>,
+    keys: &BTreeSet<K>,
     name: &'static str,
 ) -> Result<(), ProgramsError> {
-    let before: BTreeSet<u32> = map.keys().collect::<Result<_, _>>().map_err(read(name))?;
+    let before: BTreeSet<K> = map.keys().collect::<Result<_, _>>().map_err(read(name))?;
     for &gone in before.difference(keys) {
         remove(map, gone, name)?;
     }

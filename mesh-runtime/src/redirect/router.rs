@@ -18,12 +18,12 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
     Drops,
-    abi::{Range, Settings},
+    abi::{Range, Settings, endpoint},
     listeners::{Listeners, OpenListenerError},
     programs::{self, Device, Programs, ProgramsError},
     routing::{self, Change, PROXY_PORTS, Routing, RoutingError},
 };
-use crate::netns::Netns;
+use crate::{netns::Netns, off_limits::OffLimits};
 
 /// The gateway that every pod has, and the source of what the host itself
 /// sends to a pod: its probes, and a pod's call to itself through a Service. A
@@ -78,6 +78,8 @@ pub struct RouterConfig {
     pub dns: Ipv4Addr,
     /// The host's own addresses. Pods can't reach them, whatever they send.
     pub host_addresses: Vec<Ipv4Addr>,
+    /// Whose addresses are whose in the pool.
+    pub off_limits: Arc<OffLimits>,
 }
 
 /// A tenant's router with redirection in place. Dropping it leaves the kernel's
@@ -92,6 +94,7 @@ enum Command {
     Attach(Device, Reply<()>),
     Detach(Ipv4Addr, Reply<()>),
     Services(BTreeSet<u32>, Reply<()>),
+    Workloads(BTreeSet<u32>, Reply<()>),
     /// At a device that may be gone, or have lost its program.
     Look(u32),
     /// At all of them.
@@ -159,6 +162,16 @@ impl Router {
         self.ask(|reply| Command::Services(addresses, reply)).await
     }
 
+    /// Tells the kernel all addresses of the tenant's workloads, over all hosts: of the
+    /// pool's pods, those that may be reached and may come in as they are.
+    pub async fn set_workloads(
+        &self,
+        addresses: impl IntoIterator<Item = Ipv4Addr>,
+    ) -> Result<(), RouterError> {
+        let addresses = addresses.into_iter().map(u32::from).collect();
+        self.ask(|reply| Command::Workloads(addresses, reply)).await
+    }
+
     /// What the kernel dropped.
     pub fn drops(&self) -> Arc<Drops> {
         Arc::clone(&self.drops)
@@ -191,6 +204,7 @@ fn open(config: RouterConfig) -> Result<(Programs, Listeners), RouterError> {
         local_pods,
         dns,
         host_addresses,
+        off_limits,
     } = config;
     router.stay().map_err(|source| RouterError::Enter {
         netns: router.path().display().to_string(),
@@ -201,6 +215,8 @@ fn open(config: RouterConfig) -> Result<(Programs, Listeners), RouterError> {
     let settings = Settings {
         cluster_pods: range(cluster_pods),
         local_pods: range(local_pods),
+        pool: ranges(off_limits.pool()),
+        off_limits: ranges(off_limits.off_limits()),
         dns: dns.into(),
         gateway: GATEWAY.into(),
         router: address_of(&uplink)
@@ -215,7 +231,19 @@ fn open(config: RouterConfig) -> Result<(Programs, Listeners), RouterError> {
     };
     let directory = programs::directory(&bpffs, &tenant);
     let host_addresses = host_addresses.into_iter().map(u32::from).collect();
-    let programs = Programs::open(directory, router, uplink, settings, &host_addresses, &listeners)?;
+    let allowed = off_limits
+        .allowed()
+        .map(|to| endpoint((*to.ip()).into(), to.port()))
+        .collect();
+    let programs = Programs::open(
+        directory,
+        router,
+        uplink,
+        settings,
+        &host_addresses,
+        &allowed,
+        &listeners,
+    )?;
     Ok((programs, listeners))
 }
 
@@ -224,6 +252,11 @@ fn range(net: ipnet::Ipv4Net) -> Range {
         address: net.network().into(),
         mask: net.netmask().into(),
     }
+}
+
+/// As many as there is room for, which is as many as [`OffLimits`] lets be.
+fn ranges<const N: usize>(nets: &[ipnet::Ipv4Net]) -> [Range; N] {
+    std::array::from_fn(|i| nets.get(i).map_or(Range::NONE, |&net| range(net)))
 }
 
 fn address_of(device: &str) -> Result<Option<Ipv4Addr>, nix::errno::Errno> {
@@ -240,6 +273,7 @@ fn serve(mut programs: Programs, mut queue: mpsc::Receiver<Command>) {
             Command::Attach(device, reply) => drop(reply.send(programs.attach(&device))),
             Command::Detach(address, reply) => drop(reply.send(programs.detach(address))),
             Command::Services(addresses, reply) => drop(reply.send(programs.set_services(&addresses))),
+            Command::Workloads(addresses, reply) => drop(reply.send(programs.set_workloads(&addresses))),
             Command::Look(device) => warn_of(programs.look_after(device)),
             Command::Sweep => warn_of(programs.sweep()),
             Command::Close(reply) => {

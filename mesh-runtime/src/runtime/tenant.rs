@@ -2,6 +2,7 @@
 //! the same listeners.
 
 use std::{
+    collections::BTreeSet,
     io,
     net::{IpAddr, Ipv4Addr},
     os::linux::fs::MetadataExt,
@@ -22,9 +23,8 @@ use crate::{
     redirect::{Router, RouterConfig, RouterError},
 };
 
-/// How long to wait before Service addresses that the kernel refused are tried
-/// again.
-const RETRY_SERVICES: Duration = Duration::from_secs(5);
+/// How long to wait before addresses that the kernel refused are tried again.
+const RETRY: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
 pub enum OpenTenantError {
@@ -56,7 +56,7 @@ pub(super) struct OpenTenant {
     uplink: String,
     pub(super) router: Arc<Router>,
     pub(super) proxy: TenantProxy,
-    _services: AbortOnDropHandle<()>,
+    _addresses: [AbortOnDropHandle<()>; 2],
 }
 
 impl OpenTenant {
@@ -95,6 +95,7 @@ impl OpenTenant {
             local_pods,
             dns,
             host_addresses: host_addresses.iter().filter_map(only_ipv4).collect(),
+            off_limits: Arc::clone(&runtime.off_limits),
         })
         .await
         .map_err(|source| OpenTenantError::Router {
@@ -108,6 +109,7 @@ impl OpenTenant {
             tenant: tenant.clone(),
             host: runtime.host.clone(),
             local_pods,
+            off_limits: Arc::clone(&runtime.off_limits),
             host_addresses,
             router: netns,
             listeners,
@@ -119,14 +121,27 @@ impl OpenTenant {
             tenant: id.clone(),
             source,
         })?;
-        let services = follow_services(id.clone(), Arc::clone(&router), proxy.service_addresses());
+        let services = follow(id.clone(), "Services", proxy.service_addresses(), {
+            let router = Arc::clone(&router);
+            async move |addresses: &BTreeSet<Ipv4Addr>| router.set_services(addresses.iter().copied()).await
+        });
+        let limits = Arc::clone(&runtime.off_limits);
+        let workloads = follow(id.clone(), "workloads", proxy.workload_addresses(), {
+            let router = Arc::clone(&router);
+            // What the tenant says of addresses that are not the pool's opens nothing, and
+            // would only take room.
+            async move |addresses: &BTreeSet<Ipv4Addr>| {
+                let pods = addresses.iter().copied().filter(|a| limits.is_pods((*a).into()));
+                router.set_workloads(pods).await
+            }
+        });
         Ok(Self {
             tenant: tenant.clone(),
             inode,
             uplink: uplink.to_owned(),
             router,
             proxy,
-            _services: AbortOnDropHandle::new(tokio::spawn(services)),
+            _addresses: [tokio::spawn(services), tokio::spawn(workloads)].map(AbortOnDropHandle::new),
         })
     }
 
@@ -164,26 +179,29 @@ impl OpenTenant {
     }
 }
 
-/// Tells the kernel the tenant's Service addresses, whenever they change.
-async fn follow_services(
+/// Tells the kernel the addresses of the tenant's Services, or workloads, whenever they
+/// change.
+async fn follow(
     tenant: TenantId,
-    router: Arc<Router>,
-    mut services: tokio::sync::watch::Receiver<Arc<std::collections::BTreeSet<Ipv4Addr>>>,
+    of: &'static str,
+    mut told: tokio::sync::watch::Receiver<Arc<BTreeSet<Ipv4Addr>>>,
+    tell: impl AsyncFn(&BTreeSet<Ipv4Addr>) -> Result<(), RouterError>,
 ) {
-    services.mark_changed();
-    while services.changed().await.is_ok() {
-        let addresses = Arc::clone(&services.borrow_and_update());
-        if let Err(error) = router.set_services(addresses.iter().copied()).await {
+    told.mark_changed();
+    while told.changed().await.is_ok() {
+        let addresses = Arc::clone(&told.borrow_and_update());
+        if let Err(error) = tell(&addresses).await {
             if matches!(error, RouterError::Closed) {
                 return;
             }
             tracing::warn!(
                 %tenant,
+                of,
                 error = &error as &dyn std::error::Error,
-                "cannot tell the kernel the Services' addresses"
+                "cannot tell the kernel the addresses"
             );
-            tokio::time::sleep(RETRY_SERVICES).await;
-            services.mark_changed();
+            tokio::time::sleep(RETRY).await;
+            told.mark_changed();
         }
     }
 }

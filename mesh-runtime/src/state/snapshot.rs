@@ -118,6 +118,14 @@ impl Snapshot {
         })
     }
 
+    /// Of all workloads that have an address of their own.
+    pub fn workload_addresses(&self) -> impl Iterator<Item = Ipv4Addr> {
+        self.by_address.keys().filter_map(|address| match address {
+            IpAddr::V4(v4) => Some(*v4),
+            IpAddr::V6(_) => None,
+        })
+    }
+
     pub fn counts(&self) -> (usize, usize) {
         (self.workloads.size(), self.services.size())
     }

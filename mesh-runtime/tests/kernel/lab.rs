@@ -10,12 +10,16 @@ use std::{
     net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream},
     path::Path,
     process::{Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use mesh_runtime::{
     netns::Netns,
+    off_limits::OffLimits,
     pod::Mode,
     redirect::{Device, Drops, Listeners, Reason, Router, RouterConfig},
 };
@@ -37,6 +41,11 @@ pub(crate) const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
 pub(crate) const REMOTE_POD: Ipv4Addr = Ipv4Addr::new(10, 77, 2, 9);
 /// The host's own, in the underlay.
 pub(crate) const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 11);
+/// Another host of the pool's, and what pods may reach in spite of where it lies.
+pub(crate) const OTHER_HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 12);
+pub(crate) const ALLOWED: (Ipv4Addr, u16) = (Ipv4Addr::new(192, 0, 2, 1), 6443);
+/// A pod on another host, of another tenant.
+pub(crate) const FOREIGN_POD: Ipv4Addr = Ipv4Addr::new(10, 77, 3, 9);
 /// Somebody outside the cluster.
 pub(crate) const STRANGER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 5);
 pub(crate) const ROUTER_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 2, 2);
@@ -119,12 +128,21 @@ impl Space {
 
     /// As the proxy dials: with an address that is not this namespace's.
     pub(crate) fn dial(&self, source: Ipv4Addr, to: (Ipv4Addr, u16)) -> std::io::Result<TcpStream> {
+        self.dial_within(source, to, DEADLINE)
+    }
+
+    pub(crate) fn dial_within(
+        &self,
+        source: Ipv4Addr,
+        to: (Ipv4Addr, u16),
+        within: Duration,
+    ) -> std::io::Result<TcpStream> {
         self.run(|| {
             let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
             socket.set_ip_transparent_v4(true)?;
             nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true)?;
             socket.bind(&SocketAddr::from((source, 0)).into())?;
-            socket.connect_timeout(&SocketAddr::from(to).into(), DEADLINE)?;
+            socket.connect_timeout(&SocketAddr::from(to).into(), within)?;
             Ok(socket.into())
         })
     }
@@ -179,11 +197,15 @@ impl Lab {
              addr add {REMOTE_POD}/32 dev lo\n\
              addr add {STRANGER}/32 dev lo\n\
              addr add {HOST}/32 dev lo\n\
+             addr add {OTHER_HOST}/32 dev lo\n\
+             addr add {allowed}/32 dev lo\n\
+             addr add {FOREIGN_POD}/32 dev lo\n\
              link set {UPLINK} up\n\
              route add 10.77.1.0/24 via {ROUTER_ADDRESS}\n",
             out = mac(OUTSIDE_MAC),
             up = mac(UPLINK_MAC),
             rtr = router.name,
+            allowed = ALLOWED.0,
         ));
         router.ip(&format!(
             "addr add {ROUTER_ADDRESS}/30 dev {UPLINK}\n\
@@ -249,11 +271,20 @@ impl Lab {
             local_pods: "10.77.1.0/24".parse().unwrap(),
             dns: DNS,
             host_addresses: vec![HOST],
+            off_limits: Arc::new(
+                OffLimits::new(
+                    &["10.77.0.0/16".parse().unwrap()],
+                    &["192.0.2.0/24".parse().unwrap()],
+                    [SocketAddrV4::new(ALLOWED.0, ALLOWED.1)],
+                )
+                .unwrap(),
+            ),
         }
     }
 
     pub(crate) async fn open(&self) -> (Router, Proxy) {
         let (router, listeners) = Router::open(self.config("acme")).await.unwrap();
+        router.set_workloads([REMOTE_POD]).await.unwrap();
         (router, Proxy::start(listeners))
     }
 }

@@ -9,6 +9,7 @@ mod lab;
 mod capture;
 mod inbound;
 mod lifetime;
+mod off_limits;
 mod refusal;
 mod runtime;
 mod unmeshed;

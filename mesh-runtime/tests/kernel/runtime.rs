@@ -39,6 +39,7 @@ fn start(lab: &Lab) -> (MeshRuntime, Registry) {
         host: "host-a".parse().unwrap(),
         bpffs: lab.bpffs.path().to_owned(),
         local_pods: "10.77.1.0/24".parse().unwrap(),
+        off_limits: Default::default(),
         pool_tls: pool_tls(),
         limits: mesh_runtime::limits::Limits::default(),
     };

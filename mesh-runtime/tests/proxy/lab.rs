@@ -9,10 +9,13 @@
 
 use std::{
     io::Write,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::atomic::{AtomicU32, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::Duration,
 };
 
@@ -21,6 +24,7 @@ use mesh_runtime::{
     attachment::AttachmentState,
     limits::Limits,
     netns::Netns,
+    off_limits::OffLimits,
     pod::{Mode, PodRecord},
     runtime::{Attachment, Config, MeshRuntime, PodAttachment},
 };
@@ -43,6 +47,9 @@ pub(crate) const DNS: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
 pub(crate) const VIP: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 80);
 /// Somebody outside the cluster, and the name server.
 pub(crate) const STRANGER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 5);
+/// Another host of the pool, and what pods may reach in spite of where it lies.
+pub(crate) const OTHER_HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 12);
+pub(crate) const ALLOWED: (Ipv4Addr, u16) = (Ipv4Addr::new(192, 0, 2, 1), 6443);
 pub(crate) const NAMESERVER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 53);
 pub(crate) const CLUSTER: &str = "Kubernetes";
 pub(crate) const NAMESPACE: &str = "shop";
@@ -393,6 +400,14 @@ impl Lab {
                 host: host.parse().unwrap(),
                 bpffs: bpffs.0.path().to_owned(),
                 local_pods: format!("10.77.{number}.0/24").parse().unwrap(),
+                off_limits: Arc::new(
+                    OffLimits::new(
+                        &["10.77.0.0/16".parse().unwrap()],
+                        &["192.0.2.0/24".parse().unwrap()],
+                        [SocketAddrV4::new(ALLOWED.0, ALLOWED.1)],
+                    )
+                    .unwrap(),
+                ),
                 pool_tls: self.control.host_tls(&host),
                 limits: self.limits.clone(),
             },

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use http::{Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper_util::rt::TokioIo;
-use mesh_runtime::{netns::Netns, off_limits};
+use mesh_runtime::off_limits;
 use pool_agent_api::spec::HttpAction;
 use rustls::{
     ClientConfig, DigitallySignedStruct, SignatureScheme,
@@ -20,7 +20,7 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use tokio::net::{TcpSocket, TcpStream};
 
-use super::{resolve, shown};
+use super::{Vantage, resolve, shown};
 
 /// As a kubelet: what is read of an answer's body.
 const MAX_BODY: usize = 10 << 10;
@@ -32,18 +32,15 @@ mod health {
     tonic::include_proto!("grpc.health.v1");
 }
 
-pub(super) async fn tcp(
-    netns: &Netns,
-    pod: IpAddr,
-    host: Option<&str>,
-    port: u16,
-) -> Result<TcpStream, String> {
+pub(super) async fn tcp(from: &Vantage, host: Option<&str>, port: u16) -> Result<TcpStream, String> {
     let ip = match host {
-        None => pod,
-        Some(host) => allowed(netns, pod, resolve::address(host).await?)?,
+        None => from.pod,
+        Some(host) => resolve::address(host).await?,
     };
     let address = SocketAddr::new(ip, port);
-    let socket = netns
+    from.allow(address)?;
+    let socket = from
+        .netns
         .enter(|| match address {
             SocketAddr::V4(_) => TcpSocket::new_v4(),
             SocketAddr::V6(_) => TcpSocket::new_v6(),
@@ -55,31 +52,39 @@ pub(super) async fn tcp(
         .map_err(|e| format!("dial tcp {address}: {e}"))
 }
 
-/// A tenant names the hosts of its probes, and the host they are dialled from is
-/// not the tenant's: the same addresses are off limits as for its pods.
-fn allowed(netns: &Netns, pod: IpAddr, ip: IpAddr) -> Result<IpAddr, String> {
-    if ip == pod {
-        return Ok(ip);
-    }
-    let own =
-        off_limits::host_addresses(netns).map_err(|e| format!("looking at the host's addresses: {e}"))?;
-    match off_limits::refuse(&own, ip) {
-        None => Ok(ip),
-        Some(refused) => Err(format!("dial tcp {ip}: {refused}")),
+impl Vantage {
+    /// A tenant names the hosts of its probes, and the host they are dialled from is
+    /// not the tenant's: the same addresses are off limits as for its pods. Of those of
+    /// this host's range the router leads to the tenant's own alone.
+    fn allow(&self, to: SocketAddr) -> Result<(), String> {
+        let ip = to.ip();
+        if ip == self.pod {
+            return Ok(());
+        }
+        let own = off_limits::host_addresses(&self.netns)
+            .map_err(|e| format!("looking at the host's addresses: {e}"))?;
+        let elsewhere = self.off_limits.is_pods(ip) && !self.local_pods.contains(&ip);
+        let refused = off_limits::refuse(&own, ip)
+            .or_else(|| self.off_limits.refuse(to))
+            .or(elsewhere.then_some(off_limits::Refused::OffLimits));
+        match refused {
+            None => Ok(()),
+            Some(refused) => Err(format!("dial tcp {ip}: {refused}")),
+        }
     }
 }
 
 /// Satisfied by any status from 200 to 399.
-pub(super) async fn http(netns: &Netns, pod: IpAddr, action: &HttpAction, agent: &str) -> Result<(), String> {
+pub(super) async fn http(from: &Vantage, action: &HttpAction, agent: &str) -> Result<(), String> {
     let mut path = if action.path.starts_with('/') {
         action.path.clone()
     } else {
         format!("/{}", action.path)
     };
     for _ in 0..=REDIRECTS {
-        let (status, location) = get(netns, pod, action, &path, agent).await?;
+        let (status, location) = get(from, action, &path, agent).await?;
         if status.is_redirection() {
-            match location.and_then(|to| same_host(&to, pod, action)) {
+            match location.and_then(|to| same_host(&to, from.pod, action)) {
                 Some(next) => path = next,
                 // To somebody else: a kubelet takes that for a success.
                 None => return Ok(()),
@@ -114,14 +119,13 @@ fn same_host(location: &str, pod: IpAddr, action: &HttpAction) -> Option<String>
 }
 
 async fn get(
-    netns: &Netns,
-    pod: IpAddr,
+    from: &Vantage,
     action: &HttpAction,
     path: &str,
     agent: &str,
 ) -> Result<(StatusCode, Option<String>), String> {
-    let stream = tcp(netns, pod, action.host.as_deref(), action.port).await?;
-    let host = action.host.clone().unwrap_or_else(|| pod.to_string());
+    let stream = tcp(from, action.host.as_deref(), action.port).await?;
+    let host = action.host.clone().unwrap_or_else(|| from.pod.to_string());
     let mut request = Request::get(path);
     let given = |name: &str| action.headers.iter().any(|h| h.name.eq_ignore_ascii_case(name));
     if !given("host") {
@@ -239,11 +243,11 @@ fn unverified() -> Arc<ClientConfig> {
 }
 
 /// Satisfied by SERVING, as gRPC's health protocol has it.
-pub(super) async fn grpc(netns: &Netns, pod: IpAddr, port: u16, service: &str) -> Result<(), String> {
+pub(super) async fn grpc(from: &Vantage, port: u16, service: &str) -> Result<(), String> {
     use health::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
-    let stream = tcp(netns, pod, None, port).await?;
+    let stream = tcp(from, None, port).await?;
     let mut stream = Some(TokioIo::new(stream));
-    let channel = tonic::transport::Endpoint::from_shared(format!("http://{pod}:{port}"))
+    let channel = tonic::transport::Endpoint::from_shared(format!("http://{}:{port}", from.pod))
         .and_then(|e| e.user_agent("kube-probe/1.37"))
         .map_err(|e| e.to_string())?
         .connect_with_connector(tower::service_fn(move |_| {

@@ -9,8 +9,12 @@ use std::{
     time::{Duration, Instant},
 };
 
+use ipnet::Ipv4Net;
 use jiff::Timestamp;
-use mesh_runtime::runtime::{AttachError, Attachment};
+use mesh_runtime::{
+    off_limits::OffLimits,
+    runtime::{AttachError, Attachment},
+};
 use pool_agent_api::{
     HostName, SandboxKey, SandboxSpec,
     spec::{Container, Hook, Volume},
@@ -43,7 +47,7 @@ use crate::{
     logs,
     network::{POD_GATEWAY, Router},
     policy,
-    probes::{self, Prober},
+    probes::{self, Prober, Vantage},
     spec_file,
     user_ids::IdRange,
     volumes,
@@ -61,6 +65,10 @@ pub struct Workshop {
     pub address: IpAddr,
     /// The host's memory, in bytes.
     pub memory: u64,
+    /// The range that this host's pods have their addresses of.
+    pub pod_range: Ipv4Net,
+    /// Whose addresses are whose in the pool.
+    pub off_limits: Arc<OffLimits>,
     pub runtime: Runtime,
     pub mesh: Mesh,
     pub desk: Desk,
@@ -235,6 +243,15 @@ impl Hands {
         });
         self.with(|found| found.follower = Some(AbortOnDropHandle::new(follower)));
         Ok(attachment)
+    }
+
+    fn vantage(&self) -> Vantage {
+        Vantage {
+            netns: self.router.netns().clone(),
+            pod: self.address.into(),
+            local_pods: self.shop.pod_range,
+            off_limits: self.shop.off_limits.clone(),
+        }
     }
 
     async fn leave_mesh(&self) {
@@ -538,12 +555,8 @@ impl Hands {
                         Err(format!("command exited with {}", output.exit_code))
                     }
                 }
-                Hook::Http(action) => {
-                    probes::http_hook(self.router.netns(), self.address.into(), action).await
-                }
-                Hook::Tcp { host, port } => {
-                    probes::tcp_hook(self.router.netns(), self.address.into(), host.as_deref(), *port).await
-                }
+                Hook::Http(action) => probes::http_hook(&self.vantage(), action).await,
+                Hook::Tcp { host, port } => probes::tcp_hook(&self.vantage(), host.as_deref(), *port).await,
             }
         };
         match limit {
@@ -653,8 +666,7 @@ impl Perform for Hands {
         if let Some(probe) = probe {
             let prober = Prober {
                 runtime: self.shop.runtime.clone(),
-                netns: self.router.netns().clone(),
-                address: self.address.into(),
+                from: self.vantage(),
                 container: id.clone(),
             };
             probes::run(prober, probe, kind, slot, id, events).await;

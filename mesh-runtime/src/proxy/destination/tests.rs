@@ -8,6 +8,14 @@ fn network() -> Network {
         name: "".into(),
         cluster_pods: "10.77.0.0/16".parse().unwrap(),
         host: ["192.0.2.11".parse().unwrap(), "10.77.1.0".parse().unwrap()].into(),
+        off_limits: Arc::new(
+            OffLimits::new(
+                &["10.77.0.0/16".parse().unwrap(), "10.78.0.0/16".parse().unwrap()],
+                &["192.0.2.0/24".parse().unwrap()],
+                ["192.0.2.1:6443".parse().unwrap()],
+            )
+            .unwrap(),
+        ),
     }
 }
 
@@ -47,6 +55,7 @@ fn resolved(to: &str) -> String {
         Destination::Outside => "outside".to_owned(),
         Destination::Refused(Refused::HostLocal) => "host local".to_owned(),
         Destination::Refused(Refused::NotUnicast) => "not unicast".to_owned(),
+        Destination::Refused(Refused::OffLimits) => "off limits".to_owned(),
     }
 }
 
@@ -57,6 +66,8 @@ fn each_address_goes_where_it_belongs() {
         ("10.96.0.2:80", "service web.shop"),
         ("10.77.2.5:80", "workload w"),
         ("10.77.2.6:80", "unknown pod"),
+        // Of the pool, whatever the tenant says of its own pods.
+        ("10.78.2.6:80", "unknown pod"),
         ("[::ffff:10.77.2.5]:80", "workload w"),
         ("198.51.100.1:443", "outside"),
         ("10.96.0.9:80", "outside"),
@@ -89,5 +100,21 @@ fn what_is_local_to_the_host_is_refused_whatever_the_mesh_says_of_it() {
         "[ff02::1]:80",
     ] {
         assert_eq!(resolved(to), "not unicast", "{to}");
+    }
+}
+
+#[test]
+fn what_is_the_pools_is_dialled_for_nobody_but_where_the_operator_allows_it() {
+    for (to, refused) in [
+        ("192.0.2.12:7443", Some(Refused::OffLimits)),
+        ("192.0.2.1:7443", Some(Refused::OffLimits)),
+        ("192.0.2.1:6443", None),
+        // The host's own, whatever is allowed.
+        ("192.0.2.11:7443", Some(Refused::HostLocal)),
+        ("168.63.129.16:80", Some(Refused::OffLimits)),
+        ("198.51.100.1:443", None),
+        ("10.77.2.5:80", None),
+    ] {
+        assert_eq!(refuse(&network(), to.parse().unwrap()), refused, "{to}");
     }
 }
