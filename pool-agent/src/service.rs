@@ -25,7 +25,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
 
-use calls::{Counted, Kind};
+use calls::{Call, Counted, Kind};
 
 pub use calls::Calls;
 

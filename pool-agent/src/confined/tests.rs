@@ -219,7 +219,7 @@ fn all_that_is_no_directory_goes_and_names_may_be_any_bytes() {
     let fifo = Directory::open(&tree).unwrap();
     let none = rustix::fs::makedev(0, 0);
     rustix::fs::mknodat(&fifo, "fifo", FileType::Fifo, Mode::RUSR, none).unwrap();
-    fs::set_permissions(odd.join("a"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(odd.join("a"), fs::Permissions::from_mode(0o0)).unwrap();
     // root, odd, a, b, one file of two names, two links, a socket and a fifo
     assert_eq!(measured(&tree).inodes, 9);
     // In turns of one entry, as anybody may be interrupted.

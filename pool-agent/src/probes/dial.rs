@@ -63,7 +63,8 @@ impl Vantage {
         }
         let own = off_limits::host_addresses(&self.netns)
             .map_err(|e| format!("looking at the host's addresses: {e}"))?;
-        let elsewhere = self.off_limits.is_pods(ip) && !self.local_pods.contains(&ip);
+        let here = matches!(ip, IpAddr::V4(v4) if self.local_pods.contains(&v4));
+        let elsewhere = self.off_limits.is_pods(ip) && !here;
         let refused = off_limits::refuse(&own, ip)
             .or_else(|| self.off_limits.refuse(to))
             .or(elsewhere.then_some(off_limits::Refused::OffLimits));
