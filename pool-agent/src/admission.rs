@@ -191,6 +191,11 @@ impl Admission {
         }
     }
 
+    /// None if it was lost with the host's memory, or the sandbox is not here.
+    pub fn spec(&self, key: &SandboxKey) -> Option<Arc<SandboxSpec>> {
+        self.here.get(&key.pod)?.get(&key.attempt)?.spec.clone()
+    }
+
     /// From now on no new sandbox is taken; those that are here stay.
     pub fn drain(&mut self) {
         self.draining = true;

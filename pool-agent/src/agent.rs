@@ -13,9 +13,12 @@ use mesh_runtime::{
     control::{InvalidPoolTls, PoolTls},
     runtime::{Config as MeshConfig, MeshRuntime},
 };
-use pool_agent_api::{Resources, wire::pool_agent_server::PoolAgentServer};
+use pool_agent_api::{Invalid, Resources, wire::pool_agent_server::PoolAgentServer};
 use prometheus_client::registry::Registry;
-use tokio::{net::TcpListener, sync::watch};
+use tokio::{
+    net::TcpListener,
+    sync::{Notify, watch},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
@@ -23,10 +26,10 @@ use crate::{
     admission::Admission,
     attachment::Mesh,
     board::Board,
-    cgroup::Cgroups,
+    cgroup::{CgroupError, Cgroups},
     cni::{self, Desk, ListenError},
     config::Config,
-    cri::{CriError, Runtime, events},
+    cri::{CriError, Runtime, events, wire::CgroupDriver},
     host::Host,
     housekeeping,
     image::{Images, egress},
@@ -66,6 +69,15 @@ pub enum AgentError {
     Network(#[from] NetworkError),
     #[error("asking the container runtime for its version")]
     Runtime(#[source] CriError),
+    #[error(
+        "the container runtime uses systemd's cgroup driver, and this agent makes cgroups of its own: set \
+         SystemdCgroup = false in the options of each runtime in containerd's configuration, and restart it"
+    )]
+    SystemdDriver,
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    #[error(transparent)]
+    Room(#[from] Invalid),
     #[error("asking the container runtime what is on the host")]
     Adopt(#[source] CriError),
     #[error("raising RLIMIT_NOFILE")]
@@ -99,11 +111,17 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         &credentials.pem.ca,
         config.tls.trust_domain.clone(),
     )?;
+    let room = config.policy.room.of(config.capacity, task_slots())?;
     let (ledger, contents) = Ledger::open(&layout.ledger())?;
     let clock = Clock::start();
     let board = Board::new(contents.generation);
     let runtime = Runtime::at(&config.containerd_socket);
     let runtime_version = wait_for(&runtime).await.map_err(AgentError::Runtime)?;
+    if let Some(CgroupDriver::Systemd) = runtime.cgroup_driver().await.map_err(AgentError::Runtime)? {
+        return Err(AgentError::SystemdDriver);
+    }
+    let cgroups = Cgroups::detect(&config.policy.room.parent);
+    cgroups.hold(&room)?;
     let descriptors = bounds::descriptors::raise().map_err(AgentError::Descriptors)?;
     let limits = config
         .policy
@@ -151,12 +169,16 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         address: config.address,
         pod_range: config.pod_range,
         off_limits,
-        memory: detect(&config.state_dir).memory_bytes,
+        room: room.clone(),
         runtime: runtime.clone(),
         mesh: Mesh::new(mesh, &mut registry),
         desk: desk.clone(),
         layout,
-        cgroups: Cgroups::detect(),
+        cgroups,
+        counts: watch::Sender::new(Arc::default()),
+        pressure: watch::Sender::default(),
+        disk_is_short: Notify::new(),
+        image_directories: watch::Sender::default(),
         clock,
         files: config.policy.files,
         images,
@@ -184,7 +206,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         ledger,
         contents,
         network,
-        Admission::new(config.capacity, config.pod_range),
+        Admission::new(room.allocatable, config.pod_range),
         config.policy.privilege.clone(),
     )
     .await
@@ -196,6 +218,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     ));
     tokio::spawn(housekeeping::record_statuses(host.clone()));
     tokio::spawn(housekeeping::rotate_logs(host.clone()));
+    tokio::spawn(housekeeping::count_containers(host.clone()));
+    tokio::spawn(host.clone().keep_room());
     tokio::spawn(housekeeping::collect_images(host.clone()));
     tokio::spawn(metrics::serve(metrics_listener, registry, host.clone()));
     let credentials = tls::follow(config.tls.clone(), credentials);
@@ -208,7 +232,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         .max_decoding_message_size(MAX_MESSAGE);
     tracing::info!(
         host = %config.name, listen = %config.listen, generation,
-        capacity = ?config.capacity, "the agent serves"
+        capacity = ?room.capacity, allocatable = ?room.allocatable, "the agent serves"
     );
     let stopping = shutdown.clone();
     let serving = Server::builder()
@@ -285,6 +309,15 @@ fn facts(runtime_version: String) -> Facts {
         os_image,
         runtime_version,
     }
+}
+
+/// Tasks that may be at a time: the kernel's two bounds.
+pub(crate) fn task_slots() -> u64 {
+    ["/proc/sys/kernel/pid_max", "/proc/sys/kernel/threads-max"]
+        .into_iter()
+        .filter_map(|path| std::fs::read_to_string(path).ok()?.trim().parse().ok())
+        .min()
+        .unwrap_or(32_768)
 }
 
 /// What this machine has: CPUs, memory, and the disk that `state_dir` is on.

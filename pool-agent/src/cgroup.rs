@@ -1,10 +1,22 @@
-//! The cgroup a pod's containers are put under. The runtime makes the containers'
-//! own cgroups; this makes the pod's, with the sum of their limits, and removes
-//! it, which the runtime does not. Version 1 (also hybrid) and 2.
+//! The cgroups the pods run in. The runtime makes the containers' own; these are the
+//! pods', their classes' and the one that holds all pods of this agent. Version 1
+//! (also hybrid) and 2, with the cgroupfs driver.
+//!
+//! ```text
+//! /PARENT                            memory, tasks: all that pods may use together
+//! ├─ pod<uid>-<attempt>              a guaranteed pod: weight by its claim
+//! ├─ burstable                       weight: the sum of its pods'
+//! │  └─ pod<uid>-<attempt>           memory, tasks, CPU: its allowance
+//! └─ besteffort                      the least weight there is
+//!    └─ pod<uid>-<attempt>
+//! ```
+//!
+//! As under a kubelet, whose names for the classes these are.
 
 use std::{
     io,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -12,56 +24,55 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use pool_agent_api::{SandboxKey, SandboxSpec};
+use pool_agent_api::SandboxKey;
 
-use crate::cri::config::{Qos, cpu_quota, cpu_shares};
+use crate::{
+    allowance::Allowance,
+    cri::config::{Qos, cpu_quota, cpu_shares},
+    policy::room::HostRoom,
+};
 
 /// How often, and how many times, a cgroup is looked at whose processes were killed:
 /// a second in all. The kernel may still be busy with what is dead already.
 const EMPTYING_POLL: Duration = Duration::from_millis(20);
 const EMPTYING_POLLS: usize = 50;
 const ROOT: &str = "/sys/fs/cgroup";
-/// Below the root of each hierarchy.
-const PARENT: &str = "spindrift";
+const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+/// The kernel's least shares (version 1) and weight (version 2).
+const LEAST_SHARES: u64 = 2;
+const LEAST_WEIGHT: u64 = 1;
 
-/// What a pod may use, over all its containers; None: unlimited.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct PodLimits {
-    pub cpu_request_millis: u64,
-    pub cpu_limit_millis: Option<u64>,
-    pub memory_limit_bytes: Option<u64>,
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    #[error("making the cgroup of all pods, /{parent}")]
+    Parent {
+        parent: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error(
+        "the cgroup /{parent} has no {controller} controller, so that pods could not be held to their share: \
+         mount it, or (version 2) hand it down in {ROOT}/cgroup.subtree_control"
+    )]
+    NoController {
+        parent: String,
+        controller: &'static str,
+    },
 }
 
-impl PodLimits {
-    /// App containers and sidecars run together, each init container beside the
-    /// sidecars before it: the larger of the two counts. A container without a limit
-    /// leaves the pod without one.
-    pub fn of(spec: &SandboxSpec) -> Self {
-        let sum = |pick: fn(&pool_agent_api::spec::ContainerResources) -> Option<u64>| -> Option<u64> {
-            let mut sidecars = 0_u64;
-            let mut peak = 0_u64;
-            for init in &spec.init_containers {
-                let amount = pick(&init.resources)?;
-                if init.restartable_init {
-                    sidecars = sidecars.saturating_add(amount);
-                    peak = peak.max(sidecars);
-                } else {
-                    peak = peak.max(sidecars.saturating_add(amount));
-                }
-            }
-            let mut apps = sidecars;
-            for app in &spec.containers {
-                apps = apps.saturating_add(pick(&app.resources)?);
-            }
-            Some(peak.max(apps))
-        };
-        Self {
-            cpu_request_millis: sum(|r| Some(r.cpu_request_millis.or(r.cpu_limit_millis).unwrap_or(0)))
-                .unwrap_or(0),
-            cpu_limit_millis: sum(|r| r.cpu_limit_millis.filter(|&n| n > 0)),
-            memory_limit_bytes: sum(|r| r.memory_limit_bytes.filter(|&n| n > 0)),
-        }
-    }
+/// What a pod's cgroup counts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Memory that cannot be had back at once: all but the inactive file pages.
+    pub working_set_bytes: u64,
+    pub tasks: u64,
+}
+
+/// What a cgroup is held to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    pub memory_bytes: u64,
+    pub tasks: u64,
 }
 
 #[derive(Debug, Clone)]
@@ -69,81 +80,225 @@ pub struct Cgroups {
     /// The hierarchies in which a pod gets a directory.
     hierarchies: Vec<PathBuf>,
     unified: bool,
+    /// Below the root of each hierarchy.
+    parent: String,
+    /// A class's weight is the sum of what is there: one sums at a time.
+    summing: Arc<Mutex<()>>,
 }
 
 impl Cgroups {
-    /// What this machine has.
-    pub fn detect() -> Self {
+    /// What this machine has, for the pods below `/parent`.
+    pub fn detect(parent: &str) -> Self {
         let root = Path::new(ROOT);
-        if root.join("cgroup.controllers").exists() {
-            return Self {
-                hierarchies: vec![root.to_owned()],
-                unified: true,
-            };
-        }
-        let hierarchies = std::fs::read_dir(root)
-            .map(|entries| {
-                entries
-                    .filter_map(|e| e.ok().map(|e| e.path()))
-                    .filter(|p| p.join("cgroup.procs").exists() && !p.is_symlink())
-                    .collect()
-            })
-            .unwrap_or_default();
+        let unified = root.join("cgroup.controllers").exists();
+        let hierarchies = if unified {
+            vec![root.to_owned()]
+        } else {
+            std::fs::read_dir(root)
+                .map(|entries| {
+                    entries
+                        .filter_map(|e| e.ok().map(|e| e.path()))
+                        .filter(|p| p.join("cgroup.procs").exists() && !p.is_symlink())
+                        .collect()
+                })
+                .unwrap_or_default()
+        };
         Self {
             hierarchies,
-            unified: false,
+            unified,
+            parent: parent.to_owned(),
+            summing: Arc::default(),
         }
+    }
+
+    /// Whether the kernel can end a container as a whole when its memory is short
+    /// (`memory.oom.group`); a kubelet has it done where it can.
+    pub fn can_kill_as_a_whole(&self) -> bool {
+        self.unified
+    }
+
+    /// Makes the cgroup of all pods and holds it to what they may use together.
+    pub fn hold(&self, room: &HostRoom) -> Result<(), CgroupError> {
+        let failed = |source| CgroupError::Parent {
+            parent: self.parent.clone(),
+            source,
+        };
+        for class in ["", "/burstable", "/besteffort"] {
+            self.make(&format!("{}{class}", self.parent)).map_err(failed)?;
+        }
+        for (controller, file) in CONTROLLERS.into_iter().zip(match self.unified {
+            true => ["cpu.weight", "memory.max", "pids.max"],
+            false => ["cpu.shares", "memory.limit_in_bytes", "pids.max"],
+        }) {
+            if self.path_of(&self.parent, file).is_none() {
+                return Err(CgroupError::NoController {
+                    parent: self.parent.clone(),
+                    controller,
+                });
+            }
+        }
+        self.set_weight(&self.parent, room.allocatable.cpu_millis)
+            .map_err(failed)?;
+        self.set_pids(&self.parent, room.pids).map_err(failed)?;
+        if self.unified {
+            // As a kubelet has it: what is swapped out is not bounded by any of this.
+            self.set(&self.parent, "memory.swap.max", "0").map_err(failed)?;
+        }
+        match self.set_memory(&self.parent, room.memory_bytes) {
+            // Pods of before have more. They run; what is short then is evicted.
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => tracing::warn!(
+                bytes = room.memory_bytes,
+                "pods use more memory than they may have together; the limit of before stays"
+            ),
+            result => result.map_err(failed)?,
+        }
+        self.weigh_classes().map_err(failed)
     }
 
     /// The pod's cgroup as the runtime is told it.
-    pub fn parent(key: &SandboxKey, qos: Qos) -> String {
+    pub fn parent(&self, key: &SandboxKey, qos: Qos) -> String {
         let class = match qos {
-            Qos::Guaranteed => "guaranteed",
-            Qos::Burstable => "burstable",
-            Qos::BestEffort => "besteffort",
+            Qos::Guaranteed => "",
+            Qos::Burstable => "burstable/",
+            Qos::BestEffort => "besteffort/",
         };
-        format!("/{PARENT}/{class}/pod{}-{}", key.pod, key.attempt)
+        format!("/{}/{class}pod{}-{}", self.parent, key.pod, key.attempt)
     }
 
     /// Wherever the pod's cgroup may be, if its class is not known any more.
-    pub fn parents(key: &SandboxKey) -> [String; 3] {
-        [Qos::Guaranteed, Qos::Burstable, Qos::BestEffort].map(|qos| Self::parent(key, qos))
+    pub fn parents(&self, key: &SandboxKey) -> [String; 3] {
+        [Qos::Guaranteed, Qos::Burstable, Qos::BestEffort].map(|qos| self.parent(key, qos))
     }
 
     /// Makes the pod's cgroup and sets its limits. May be repeated.
-    pub fn create(&self, parent: &str, limits: PodLimits) -> io::Result<()> {
-        let below = parent.trim_start_matches('/');
-        if self.unified {
-            // A controller has to be handed down at each level.
-            let mut at = PathBuf::from(ROOT);
-            for part in Path::new(below) {
-                delegate(&at);
-                at.push(part);
-                make(&at)?;
+    pub fn create(&self, parent: &str, allowance: &Allowance) -> io::Result<()> {
+        self.make(parent)?;
+        self.set_weight(parent, allowance.claim.cpu_millis)?;
+        match (allowance.cpu_limit_millis, self.unified) {
+            (Some(millis), true) => self.set(parent, "cpu.max", &format!("{} 100000", cpu_quota(millis)))?,
+            (None, true) => self.set(parent, "cpu.max", "max 100000")?,
+            (Some(millis), false) => {
+                self.set(parent, "cpu.cfs_period_us", "100000")?;
+                self.set(parent, "cpu.cfs_quota_us", &cpu_quota(millis).to_string())?;
             }
+            (None, false) => {}
+        }
+        self.set_pids(parent, allowance.pids)?;
+        self.set_memory(parent, allowance.memory_bytes)?;
+        self.weigh_classes()
+    }
+
+    /// What a cgroup below the parent, or the parent (""), uses; None if it is gone.
+    pub fn usage(&self, parent: &str) -> Option<Usage> {
+        let (used, stat, inactive) = match self.unified {
+            true => ("memory.current", "memory.stat", "inactive_file"),
+            false => ("memory.usage_in_bytes", "memory.stat", "total_inactive_file"),
+        };
+        let parent = match parent {
+            "" => &self.parent,
+            parent => parent,
+        };
+        let used = number(&self.path_of(parent, used)?)?;
+        let stat = std::fs::read_to_string(self.path_of(parent, stat)?).ok()?;
+        let inactive = stat
+            .lines()
+            .find_map(|line| line.strip_prefix(inactive)?.trim().parse().ok())
+            .unwrap_or(0);
+        Some(Usage {
+            working_set_bytes: used.saturating_sub(inactive),
+            tasks: number(&self.path_of(parent, "pids.current")?)?,
+        })
+    }
+
+    /// What all pods together are held to: as the kernel has it.
+    pub fn limits(&self) -> Option<Limits> {
+        let memory = match self.unified {
+            true => "memory.max",
+            false => "memory.limit_in_bytes",
+        };
+        Some(Limits {
+            memory_bytes: number(&self.path_of(&self.parent, memory)?)?,
+            tasks: number(&self.path_of(&self.parent, "pids.max")?)?,
+        })
+    }
+
+    // ---- one directory, in each hierarchy
+
+    fn make(&self, below: &str) -> io::Result<()> {
+        let below = below.trim_start_matches('/');
+        if !self.unified {
+            return self
+                .hierarchies
+                .iter()
+                .try_for_each(|hierarchy| std::fs::create_dir_all(hierarchy.join(below)));
+        }
+        // A controller has to be handed down at each level.
+        let mut at = PathBuf::from(ROOT);
+        for part in Path::new(below) {
             delegate(&at);
-            let max = |amount: Option<String>| amount.unwrap_or_else(|| "max".into());
-            let weight = cpu_weight(limits.cpu_request_millis);
-            write(&at, "cpu.weight", &weight.to_string())?;
-            let quota = limits.cpu_limit_millis.map(|m| cpu_quota(m).to_string());
-            write(&at, "cpu.max", &format!("{} 100000", max(quota)))?;
-            let memory = limits.memory_limit_bytes.map(|b| b.to_string());
-            return write(&at, "memory.max", &max(memory));
+            at.push(part);
+            make(&at)?;
         }
-        for hierarchy in &self.hierarchies {
-            let at = hierarchy.join(below);
-            std::fs::create_dir_all(&at)?;
-            let shares = cpu_shares(limits.cpu_request_millis);
-            write(&at, "cpu.shares", &shares.to_string())?;
-            if let Some(millis) = limits.cpu_limit_millis {
-                write(&at, "cpu.cfs_period_us", "100000")?;
-                write(&at, "cpu.cfs_quota_us", &cpu_quota(millis).to_string())?;
-            }
-            if let Some(bytes) = limits.memory_limit_bytes {
-                write(&at, "memory.limit_in_bytes", &bytes.to_string())?;
-            }
-        }
+        delegate(&at);
         Ok(())
+    }
+
+    fn path_of(&self, below: &str, file: &str) -> Option<PathBuf> {
+        let below = below.trim_start_matches('/');
+        let paths = self.hierarchies.iter().map(|h| h.join(below).join(file));
+        paths.into_iter().find(|path| path.exists())
+    }
+
+    /// Sets a limit. That there are the controllers was seen by [`Self::hold`].
+    fn set(&self, below: &str, file: &str, value: &str) -> io::Result<()> {
+        match self.path_of(below, file) {
+            Some(path) => std::fs::write(path, value),
+            None => Ok(()),
+        }
+    }
+
+    fn set_weight(&self, below: &str, millis: u64) -> io::Result<()> {
+        match self.unified {
+            true => self.set(below, "cpu.weight", &cpu_weight(millis).to_string()),
+            false => self.set(below, "cpu.shares", &cpu_shares(millis).to_string()),
+        }
+    }
+
+    fn set_pids(&self, below: &str, pids: u64) -> io::Result<()> {
+        self.set(below, "pids.max", &pids.to_string())
+    }
+
+    fn set_memory(&self, below: &str, bytes: u64) -> io::Result<()> {
+        let bytes = bytes.to_string();
+        if self.unified {
+            return self.set(below, "memory.max", &bytes);
+        }
+        // With swap may not be less than without: which comes first depends on what was.
+        let _too_small_yet = self.set(below, "memory.memsw.limit_in_bytes", &bytes).is_err();
+        self.set(below, "memory.limit_in_bytes", &bytes)?;
+        self.set(below, "memory.memsw.limit_in_bytes", &bytes)
+    }
+
+    /// Gives burstable pods together the weight of their sum, and best-effort pods the
+    /// least: as a kubelet's, a class competes with guaranteed pods by what it claims.
+    fn weigh_classes(&self) -> io::Result<()> {
+        let _one = self.summing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (file, least, most) = match self.unified {
+            true => ("cpu.weight", LEAST_WEIGHT, 10_000),
+            false => ("cpu.shares", LEAST_SHARES, 262_144),
+        };
+        let burstable = format!("{}/burstable", self.parent);
+        let sum = match self.path_of(&burstable, file).as_deref().and_then(Path::parent) {
+            Some(directory) => std::fs::read_dir(directory)?
+                .flatten()
+                .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+                // One that is being removed counts no more.
+                .filter_map(|pod| number(&pod.path().join(file)))
+                .fold(0, u64::saturating_add),
+            None => return Ok(()),
+        };
+        self.set(&burstable, file, &sum.clamp(least, most).to_string())?;
+        self.set(&format!("{}/besteffort", self.parent), file, &least.to_string())
     }
 
     /// Removes the pod's cgroup with what the runtime left below it, processes
@@ -161,7 +316,7 @@ impl Cgroups {
                 std::thread::sleep(EMPTYING_POLL);
             }
         }
-        Ok(())
+        self.weigh_classes()
     }
 }
 
@@ -178,22 +333,19 @@ fn make(directory: &Path) -> io::Result<()> {
     }
 }
 
-/// A host that keeps a controller to itself has pods without that limit.
+/// Whether that was enough is seen by [`Cgroups::hold`].
 fn delegate(directory: &Path) {
-    for controller in ["+cpu", "+memory", "+pids"] {
-        if let Err(error) = std::fs::write(directory.join("cgroup.subtree_control"), controller) {
+    for controller in CONTROLLERS {
+        let handed = std::fs::write(directory.join("cgroup.subtree_control"), format!("+{controller}"));
+        if let Err(error) = handed {
             tracing::debug!(controller, error = %error, "a cgroup controller is not handed down");
         }
     }
 }
 
-/// Sets a limit where the hierarchy has it.
-fn write(directory: &Path, file: &str, value: &str) -> io::Result<()> {
-    let path = directory.join(file);
-    if path.exists() {
-        std::fs::write(path, value)?;
-    }
-    Ok(())
+/// A file that holds one number.
+fn number(path: &Path) -> Option<u64> {
+    std::fs::read_to_string(path).ok()?.trim().parse().ok()
 }
 
 /// Kills every process in the tree, also where the kernel cannot do it in one step

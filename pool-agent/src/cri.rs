@@ -450,6 +450,21 @@ impl Runtime {
             .url)
     }
 
+    /// Who makes the containers' cgroups; None of a runtime that does not say (before
+    /// containerd 2).
+    pub async fn cgroup_driver(&self) -> Result<Option<wire::CgroupDriver>, CriError> {
+        let mut client = self.runtime.clone();
+        let request = wire::RuntimeConfigRequest {};
+        match within("RuntimeConfig", QUICK, client.runtime_config(request)).await {
+            Ok(answer) => Ok(answer.linux.map(|linux| linux.cgroup_driver())),
+            Err(CriError::Answer {
+                code: tonic::Code::Unimplemented,
+                ..
+            }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
     // ---- stats
 
     pub async fn container_stats(&self) -> Result<Vec<wire::ContainerStats>, CriError> {

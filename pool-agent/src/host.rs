@@ -13,6 +13,7 @@
 
 mod abilities;
 mod adopt;
+mod pressure;
 
 use std::{
     collections::HashMap,
@@ -37,9 +38,13 @@ use abilities::HostAbilities;
 
 use crate::{
     admission::{Admission, Answer, TenantRefusal, slim},
+    allowance::Allowance,
     board::Board,
     causes::described,
-    cri::events::{Believers, Sign},
+    cri::{
+        config::Qos,
+        events::{Believers, Sign},
+    },
     ledger::{Entry, Ledger, LedgerError, Record},
     network::{Network, NetworkError, Router},
     policy::privilege::{Privilege, Users},
@@ -48,12 +53,11 @@ use crate::{
         clock::after,
         driver::{self, Command, INBOX, Outlet, Progress, UpdateError, addressing},
         event::{ContainerId, Event, SandboxId},
-        eviction,
+        eviction::{self, Disk},
         perform::{Hands, Workshop},
     },
     spec_file::{self, SpecFileError},
     user_ids::{IdRange, IdRanges},
-    volumes,
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -150,6 +154,8 @@ struct Resident {
     progress: watch::Receiver<Progress>,
     /// Its admission is on disk (true), or could not be put there (false).
     durable: Durable,
+    /// What it takes of the disk, as of its last measuring.
+    disk: watch::Receiver<Disk>,
     /// Nothing is left of it, and the ledger says so.
     ended: watch::Receiver<bool>,
 }
@@ -159,6 +165,7 @@ struct Ends {
     commands: mpsc::Receiver<Command>,
     progress: watch::Sender<Progress>,
     durable: watch::Sender<Option<bool>>,
+    disk: watch::Sender<Disk>,
     ended: watch::Sender<bool>,
 }
 
@@ -175,18 +182,21 @@ fn resident(tenant: &TenantId) -> (Resident, Ends) {
     let (commands, inbox) = mpsc::channel(INBOX);
     let progress = watch::Sender::new(Progress::default());
     let durable = watch::Sender::new(None);
+    let disk = watch::Sender::new(Disk::default());
     let ended = watch::Sender::new(false);
     let resident = Resident {
         tenant: tenant.clone(),
         commands,
         progress: progress.subscribe(),
         durable: durable.subscribe(),
+        disk: disk.subscribe(),
         ended: ended.subscribe(),
     };
     let ends = Ends {
         commands: inbox,
         progress,
         durable,
+        disk,
         ended,
     };
     (resident, ends)
@@ -200,7 +210,13 @@ impl Host {
         self.state().admission.free()
     }
 
+    /// All there is.
     pub fn capacity(&self) -> Resources {
+        self.inner.shop.room.capacity
+    }
+
+    /// What sandboxes may claim of it.
+    pub fn allocatable(&self) -> Resources {
         self.state().admission.capacity()
     }
 
@@ -288,6 +304,15 @@ impl Host {
             let fits = self.inner.shop.files.check(&spec);
             fits.map(|()| users).map_err(|invalid| Refusal {
                 reason: RefusalReason::Unsupported,
+                message: invalid.within("spec").to_string(),
+                free: self.free(),
+            })
+        });
+        // What it may use is settled before anything of it is kept.
+        let permitted = permitted.and_then(|users| {
+            let allowed = Allowance::of(spec.claim, &spec, &self.inner.shop.room);
+            allowed.map(|_| users).map_err(|invalid| Refusal {
+                reason: RefusalReason::Forbidden,
                 message: invalid.within("spec").to_string(),
                 free: self.free(),
             })
@@ -409,6 +434,15 @@ impl Host {
                         free: state.admission.free(),
                     });
                 };
+                let pressure = *self.inner.shop.pressure.borrow();
+                if let Some(message) = crate::pressure::refuses(pressure, spec.claim, Qos::of(spec)) {
+                    state.admission.undo(&spec.key);
+                    return Err(Refusal {
+                        reason: RefusalReason::NoRoom,
+                        message,
+                        free: state.admission.free(),
+                    });
+                }
                 let user_ids = match permitted.inspect_err(|_| state.admission.undo(&spec.key))? {
                     Users::Host => None,
                     Users::Own => Some(state.user_ids.take(&spec.key).ok_or_else(|| {
@@ -576,10 +610,20 @@ impl Host {
             state.residents.get(&spec.key).map(|r| r.commands.clone())
         };
         tokio::spawn(driver::run(lifecycle, hands, ends.commands, mesh, outlet).instrument(span.clone()));
-        let limited = volumes::limited(spec, &self.inner.shop.layout.sandbox(&spec.key));
-        if let (false, Some(commands)) = (limited.is_empty(), &commands) {
-            let watch = eviction::watch(limited, progress.clone(), commands.clone());
-            tokio::spawn(watch.instrument(span.clone()));
+        let shop = &self.inner.shop;
+        match (Allowance::of(spec.claim, spec, &shop.room), &commands) {
+            (Ok(allowance), Some(commands)) => {
+                let bounds = eviction::Bounds::of(spec, &allowance, &shop.layout.sandbox(&spec.key));
+                let counts = shop.counts.subscribe();
+                let watch = eviction::watch(bounds, counts, ends.disk, progress.clone(), commands.clone());
+                tokio::spawn(watch.instrument(span.clone()));
+            }
+            // It was admitted under another policy: its cgroup still holds it.
+            (Err(error), _) => tracing::warn!(
+                pod.uid = %spec.key.pod, error = %error,
+                "a sandbox that today's policy would refuse is not measured"
+            ),
+            (_, None) => {}
         }
         tokio::spawn(
             async move {

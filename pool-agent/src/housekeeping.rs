@@ -1,13 +1,25 @@
 //! What the agent does by the clock: keeps the last statuses on disk, rotates
 //! logs, and lets images go that nobody uses when the disk fills.
 
-use std::{collections::BTreeMap, collections::HashSet, time::Duration};
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use jiff::Timestamp;
-use pool_agent_api::{status::ContainerState, wire};
+use pool_agent_api::{ContainerName, SandboxKey, status::ContainerState, wire};
 use prost::Message;
 
-use crate::{board::Change, host::Host, layout::SandboxDirs, logs, volumes::write_file};
+use crate::{
+    board::Change,
+    cri,
+    host::Host,
+    layout::SandboxDirs,
+    logs,
+    sandbox::eviction::{self, Counted, Counts},
+    volumes::{usage::Usage, write_file},
+};
 
 const ROTATE: Duration = Duration::from_secs(10);
 const COLLECT: Duration = Duration::from_secs(300);
@@ -78,6 +90,45 @@ pub async fn rotate_logs(host: Host) {
     }
 }
 
+/// Asks the runtime what containers take; whoever decides by it reads the workshop's
+/// copy.
+pub async fn count_containers(host: Host) {
+    let mut ticks = tokio::time::interval(eviction::PERIOD);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        ticks.tick().await;
+        count_now(&host).await;
+    }
+}
+
+pub(crate) async fn count_now(host: &Host) {
+    match host.shop().runtime.container_stats().await {
+        Ok(stats) => {
+            let mut counts = Counts::default();
+            for (key, name, counted) in stats.into_iter().filter_map(counted) {
+                counts.entry(key).or_default().insert(name, counted);
+            }
+            host.shop().counts.send_replace(Arc::new(counts));
+        }
+        Err(error) => tracing::warn!(error = %error, "the runtime did not say what containers take"),
+    }
+}
+
+fn counted(stats: cri::wire::ContainerStats) -> Option<(SandboxKey, ContainerName, Counted)> {
+    let labels = stats.attributes?.labels;
+    let name = ContainerName::parse("label", labels.get(cri::LABEL_CONTAINER)?.as_str()).ok()?;
+    let value = |v: Option<cri::wire::UInt64Value>| v.map_or(0, |v| v.value);
+    let layer = stats.writable_layer.unwrap_or_default();
+    let counted = Counted {
+        writable_layer: Usage {
+            bytes: value(layer.used_bytes),
+            inodes: value(layer.inodes_used),
+        },
+        working_set_bytes: value(stats.memory.and_then(|m| m.working_set_bytes)),
+    };
+    Some((cri::key_of(&labels)?, name, counted))
+}
+
 /// Removes images that were pulled here and that no container uses, those unused the
 /// longest first. Others, and those that are pinned, are the operator's.
 pub async fn collect_images(host: Host) {
@@ -85,16 +136,27 @@ pub async fn collect_images(host: Host) {
     // When an image was last seen in use, or first seen at all.
     let mut last_used: BTreeMap<String, Timestamp> = BTreeMap::new();
     loop {
-        ticks.tick().await;
-        if let Err(error) = collect_once(&host, &mut last_used).await {
+        let fill = tokio::select! {
+            _ = ticks.tick() => Fill { begin: IMAGES_BEGIN, end: IMAGES_END },
+            // Pods are evicted next: all that can go, goes.
+            () = host.shop().disk_is_short.notified() => Fill { begin: 0.0, end: 0.0 },
+        };
+        if let Err(error) = collect_once(&host, &mut last_used, fill).await {
             tracing::warn!(error = %error, "images could not be looked through");
         }
     }
 }
 
+/// How full a disk is when images begin to go, and when no more do.
+struct Fill {
+    begin: f64,
+    end: f64,
+}
+
 async fn collect_once(
     host: &Host,
     last_used: &mut BTreeMap<String, Timestamp>,
+    fill: Fill,
 ) -> Result<(), crate::cri::CriError> {
     let shop = host.shop();
     let images = shop.runtime.images().await?;
@@ -129,6 +191,11 @@ async fn collect_once(
     }
     shop.images.tidy(&images).await?;
     let directories = shop.runtime.image_directories().await?;
+    shop.image_directories.send_if_modified(|known| {
+        let changed = *known != directories;
+        known.clone_from(&directories);
+        changed
+    });
     let fullness = || {
         directories
             .iter()
@@ -136,7 +203,7 @@ async fn collect_once(
             .map(|fs| 1.0 - fs.blocks_available() as f64 / (fs.blocks().max(1)) as f64)
             .fold(0.0, f64::max)
     };
-    if fullness() < IMAGES_BEGIN {
+    if fullness() < fill.begin {
         return Ok(());
     }
     let mut idle: Vec<_> = shop
@@ -149,7 +216,7 @@ async fn collect_once(
         .collect();
     idle.sort_by_key(|(at, _)| *at);
     for (_, image) in idle {
-        if fullness() < IMAGES_END {
+        if fullness() < fill.end {
             break;
         }
         if shop.images.remove(&image).await? {

@@ -23,6 +23,7 @@
 
 pub mod admission;
 pub mod agent;
+pub mod allowance;
 pub mod attachment;
 pub mod board;
 mod causes;
@@ -40,6 +41,7 @@ pub mod logs;
 pub mod metrics;
 pub mod network;
 pub mod policy;
+pub mod pressure;
 pub mod probes;
 pub mod sandbox;
 pub mod service;

@@ -125,7 +125,11 @@ fn own(host: &Host) -> String {
             count,
         );
     }
-    for (of, resources) in [("capacity", host.capacity()), ("free", host.free())] {
+    for (of, resources) in [
+        ("capacity", host.capacity()),
+        ("allocatable", host.allocatable()),
+        ("free", host.free()),
+    ] {
         line(&format!("pool_agent_{of}_cpu_millis"), "", resources.cpu_millis);
         line(
             &format!("pool_agent_{of}_memory_bytes"),

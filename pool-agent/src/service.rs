@@ -128,6 +128,8 @@ impl PoolAgent for Service {
             boot_id: self.facts.boot_id.clone(),
             address: shop.address,
             capacity: self.host.capacity(),
+            allocatable: self.host.allocatable(),
+            pressure: *shop.pressure.borrow(),
             free: self.host.free(),
             runtime_version: self.facts.runtime_version.clone(),
             kernel_version: self.facts.kernel_version.clone(),

@@ -222,16 +222,19 @@ fn mount_memory(dirs: &SandboxDirs, bounds: Bounds) -> Result<(), VolumeError> {
     mounts::tmpfs(&on, room, Owned::ours(0o755)).map_err(at("mounting", &path))
 }
 
-/// The emptyDirs on disk that have a limit (0 is none), with what it is. Those in
-/// memory are held to theirs by the kernel.
-pub fn limited(spec: &SandboxSpec, dirs: &SandboxDirs) -> Vec<(VolumeName, PathBuf, u64)> {
-    let limit = |volume: &Volume| match &volume.source {
-        VolumeSource::EmptyDir(empty) if !empty.memory => empty.size_limit_bytes.filter(|&limit| limit > 0),
-        _ => None,
-    };
+/// The emptyDirs on disk, with their limits (0 is none). Those in memory are held to
+/// theirs by the kernel.
+pub fn on_disk(spec: &SandboxSpec, dirs: &SandboxDirs) -> Vec<(VolumeName, PathBuf, Option<u64>)> {
     spec.volumes
         .iter()
-        .filter_map(|volume| Some((volume.name.clone(), place(volume, dirs), limit(volume)?)))
+        .filter_map(|volume| match &volume.source {
+            VolumeSource::EmptyDir(empty) if !empty.memory => Some((
+                volume.name.clone(),
+                place(volume, dirs),
+                empty.size_limit_bytes.filter(|&limit| limit > 0),
+            )),
+            _ => None,
+        })
         .collect()
 }
 

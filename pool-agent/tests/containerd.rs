@@ -24,6 +24,7 @@ mod containerd {
     pub(crate) mod network;
     pub(crate) mod privilege;
     pub(crate) mod probes;
+    pub(crate) mod room;
     pub(crate) mod volumes;
 }
 
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         containerd::volumes::tests(),
         containerd::files::tests(),
         containerd::probes::tests(),
+        containerd::room::tests(),
         containerd::logs::tests(),
         containerd::network::tests(),
         containerd::privilege::tests(),

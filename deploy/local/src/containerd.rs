@@ -315,6 +315,10 @@ pub async fn remove_containers(layout: &Layout, hosts: impl IntoIterator<Item = 
         for cgroup in cgroups {
             remove_cgroup(&cgroup);
         }
+        let parent = layout.host_cgroup(&host);
+        for hierarchy in hierarchies() {
+            remove_cgroups_below(&hierarchy.join(&parent));
+        }
     }
 }
 
@@ -356,12 +360,7 @@ fn shim_socket(bundle: &Path) -> Option<PathBuf> {
 /// Removes a cgroup and those above it that are empty then: the pod's, the
 /// class's. The kernel refuses for one that is in use.
 fn remove_cgroup(path: &Path) {
-    let root = Path::new("/sys/fs/cgroup");
-    let hierarchies = match root.join("cgroup.controllers").exists() {
-        true => vec![root.to_owned()],
-        false => entries(root),
-    };
-    for hierarchy in hierarchies {
+    for hierarchy in hierarchies() {
         for path in path.ancestors().filter(|path| !path.as_os_str().is_empty()) {
             if std::fs::remove_dir(hierarchy.join(path))
                 .is_err_and(|e| e.kind() != std::io::ErrorKind::NotFound)
@@ -370,6 +369,23 @@ fn remove_cgroup(path: &Path) {
             }
         }
     }
+}
+
+fn hierarchies() -> Vec<PathBuf> {
+    let root = Path::new("/sys/fs/cgroup");
+    match root.join("cgroup.controllers").exists() {
+        true => vec![root.to_owned()],
+        false => entries(root),
+    }
+}
+
+/// The agent's own: those of the classes and of all pods, which outlive it.
+fn remove_cgroups_below(path: &Path) {
+    for entry in entries(path).into_iter().filter(|entry| entry.is_dir()) {
+        remove_cgroups_below(&entry);
+    }
+    // Not there, or in use after all: then it is in nobody's way.
+    let _gone = std::fs::remove_dir(path).is_ok();
 }
 
 /// Unmounts everything below the directories, innermost first.

@@ -108,6 +108,11 @@ impl Layout {
         Path::new(DATA).join(self.instance.as_str())
     }
 
+    /// The cgroup of all pods of a host: the hosts of a machine share its hierarchies.
+    pub fn host_cgroup(&self, host: &str) -> String {
+        format!("spindrift-{}-{host}", self.instance)
+    }
+
     /// Held by whoever changes the instance. Beside the state, not in it, so
     /// that it outlives `down`.
     pub fn lock(&self) -> PathBuf {

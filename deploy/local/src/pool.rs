@@ -137,8 +137,33 @@ struct AgentConfig {
 #[derive(Serialize)]
 struct Policy {
     privilege: PrivilegePolicy,
+    room: RoomPolicy,
     images: ImagePolicy,
     network: NetworkPolicy,
+}
+
+/// What is particular to hosts that share a machine.
+#[derive(Serialize)]
+struct RoomPolicy {
+    parent: String,
+    pod: PodBounds,
+    eviction: Eviction,
+}
+
+/// Low enough that a test can reach it in no time.
+#[derive(Serialize)]
+struct PodBounds {
+    pids: u64,
+}
+
+/// The disk is shared with whatever else the machine does: no pod is to go because
+/// somebody builds beside it.
+#[derive(Serialize)]
+struct Eviction {
+    nodefs_available: &'static str,
+    nodefs_inodes_free: &'static str,
+    pids_available: &'static str,
+    pressure_seconds: u64,
 }
 
 #[derive(Serialize)]
@@ -158,10 +183,20 @@ struct ImagePolicy {
 }
 
 impl Policy {
-    fn of_lab() -> Self {
+    fn of_lab(room_parent: String) -> Self {
         Self {
             privilege: PrivilegePolicy {
                 user_namespace_capabilities: ["NET_ADMIN"],
+            },
+            room: RoomPolicy {
+                parent: room_parent,
+                pod: PodBounds { pids: 1024 },
+                eviction: Eviction {
+                    nodefs_available: "1%",
+                    nodefs_inodes_free: "1%",
+                    pids_available: "1%",
+                    pressure_seconds: 10,
+                },
             },
             images: ImagePolicy {
                 pull_credentials_verification_policy: "NeverVerifyAllowlistedImages",
@@ -211,7 +246,7 @@ pub fn agent(
         uplink: UPLINK.into(),
         pod_range: host.pod_range.clone(),
         tls: pki.host(host)?,
-        policy: Policy::of_lab(),
+        policy: Policy::of_lab(layout.host_cgroup(&host.name)),
     };
     for directory in [&config.state_dir, &config.run_dir, &config.bpffs] {
         std::fs::create_dir_all(directory).map_err(|source| PoolError::File {

@@ -63,6 +63,41 @@ impl From<Resources> for wire::Resources {
     }
 }
 
+/// What a host is short of.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pressure {
+    pub memory: bool,
+    /// Bytes or inodes.
+    pub disk: bool,
+    pub pids: bool,
+}
+
+impl Pressure {
+    pub fn any(self) -> bool {
+        self.memory || self.disk || self.pids
+    }
+}
+
+impl From<wire::HostPressure> for Pressure {
+    fn from(pressure: wire::HostPressure) -> Self {
+        Self {
+            memory: pressure.memory,
+            disk: pressure.disk,
+            pids: pressure.pids,
+        }
+    }
+}
+
+impl From<Pressure> for wire::HostPressure {
+    fn from(pressure: Pressure) -> Self {
+        Self {
+            memory: pressure.memory,
+            disk: pressure.disk,
+            pids: pressure.pids,
+        }
+    }
+}
+
 /// Answer of `GetHost`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Host {
@@ -73,8 +108,12 @@ pub struct Host {
     pub boot_id: String,
     /// The host's own address in the underlay.
     pub address: IpAddr,
+    /// All there is.
     pub capacity: Resources,
+    /// What sandboxes may claim of it.
+    pub allocatable: Resources,
     pub free: Resources,
+    pub pressure: Pressure,
     /// As in a Node's `nodeInfo.containerRuntimeVersion`.
     pub runtime_version: String,
     pub kernel_version: String,
@@ -93,7 +132,9 @@ impl TryFrom<wire::Host> for Host {
             boot_id: host.boot_id,
             address: host.address.parse().map_err(|e| Invalid::new("address", e))?,
             capacity: required("capacity", host.capacity)?.into(),
+            allocatable: required("allocatable", host.allocatable)?.into(),
             free: required("free", host.free)?.into(),
+            pressure: host.pressure.unwrap_or_default().into(),
             runtime_version: host.runtime_version,
             kernel_version: host.kernel_version,
             os_image: host.os_image,
@@ -110,7 +151,9 @@ impl From<Host> for wire::Host {
             boot_id: host.boot_id,
             address: host.address.to_string(),
             capacity: Some(host.capacity.into()),
+            allocatable: Some(host.allocatable.into()),
             free: Some(host.free.into()),
+            pressure: Some(host.pressure.into()),
             runtime_version: host.runtime_version,
             kernel_version: host.kernel_version,
             os_image: host.os_image,

@@ -21,7 +21,7 @@ pub mod spec;
 pub mod status;
 pub mod tenant;
 
-pub use host::{Host, Resources};
+pub use host::{Host, Pressure, Resources};
 pub use id::{
     Attempt, ContainerName, HostName, Namespace, PodName, PodUid, SandboxKey, ServiceAccountName, TenantId,
     VolumeName,

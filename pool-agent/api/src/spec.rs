@@ -89,6 +89,8 @@ pub struct SandboxParts {
     pub share_process_namespace: bool,
     /// From the start of the sandbox.
     pub active_deadline: Option<Duration>,
+    /// Ranks the pods of one tenant when the host has to evict; the lowest go first.
+    pub priority: i32,
 }
 
 /// A checked spec. Reads as its [`SandboxParts`].
@@ -229,6 +231,7 @@ impl TryFrom<wire::SandboxSpec> for SandboxSpec {
                 .collect(),
             share_process_namespace: spec.share_process_namespace,
             active_deadline: spec.active_deadline_seconds.map(Duration::from_secs),
+            priority: spec.priority,
         })
     }
 }
@@ -275,6 +278,7 @@ impl From<SandboxSpec> for wire::SandboxSpec {
                 .collect(),
             share_process_namespace: parts.share_process_namespace,
             active_deadline_seconds: parts.active_deadline.map(|d| d.as_secs()),
+            priority: parts.priority,
         }
     }
 }

@@ -167,6 +167,8 @@ pub struct Placement {
     pub host_memory: u64,
     /// As the sandbox has them.
     pub user_ids: Option<IdRange>,
+    /// The kernel can end all of a container when its memory is short.
+    pub kill_as_a_whole: bool,
     pub mounts: Vec<HostMount>,
 }
 
@@ -234,7 +236,7 @@ pub fn container(
         stdin_once: container.stdin_once,
         tty: container.tty,
         linux: Some(wire::LinuxContainerConfig {
-            resources: Some(resources(spec, container.resources, placement.host_memory)),
+            resources: Some(resources(spec, container.resources, placement)),
             security_context: Some(wire::LinuxContainerSecurityContext {
                 capabilities: Some(wire::Capability {
                     add_capabilities: security.add_capabilities.clone(),
@@ -293,18 +295,27 @@ pub fn stop_signal(name: &str) -> Option<wire::Signal> {
     wire::Signal::from_str_name(&format!("SIGNAL_{wire_name}"))
 }
 
-fn resources(spec: &SandboxSpec, of: ContainerResources, host_memory: u64) -> wire::LinuxContainerResources {
+fn resources(
+    spec: &SandboxSpec,
+    of: ContainerResources,
+    placement: &Placement,
+) -> wire::LinuxContainerResources {
     let request = of.cpu_request_millis.or(of.cpu_limit_millis).unwrap_or(0);
     let memory = of
         .memory_limit_bytes
         .map_or(0, |bytes| i64::try_from(bytes).unwrap_or(i64::MAX));
+    // As a kubelet does unless told otherwise (singleProcessOOMKill).
+    let unified = match placement.kill_as_a_whole {
+        true => HashMap::from([("memory.oom.group".into(), "1".into())]),
+        false => HashMap::new(),
+    };
     wire::LinuxContainerResources {
         cpu_period: i64::try_from(CPU_PERIOD).unwrap_or_default(),
         cpu_quota: of.cpu_limit_millis.filter(|&m| m > 0).map_or(0, cpu_quota),
         cpu_shares: cpu_shares(request),
         memory_limit_in_bytes: memory,
-        oom_score_adj: Qos::of(spec).oom_score_adj(of, host_memory),
-        unified: HashMap::new(),
+        oom_score_adj: Qos::of(spec).oom_score_adj(of, placement.host_memory),
+        unified,
         memory_swap_limit_in_bytes: memory,
     }
 }

@@ -489,7 +489,7 @@ fn sweep_files(layout: &Layout, cgroups: &Cgroups, admitted: &[SandboxKey]) -> V
 }
 
 fn remove_cgroups(cgroups: &Cgroups, key: &SandboxKey) {
-    for parent in Cgroups::parents(key) {
+    for parent in cgroups.parents(key) {
         if let Err(error) = cgroups.remove(&parent) {
             tracing::warn!(cgroup = parent, error = %error, "a pod's cgroup stays");
         }

@@ -1,34 +1,188 @@
-//! A pod that fills an emptyDir past its `sizeLimit` has to go, as with a kubelet.
-//! One task for each sandbox that has such a limit, spawned by `host`; the end
-//! itself is the lifecycle's.
+//! A pod that takes more of the disk than it may has to go, as with a kubelet. One
+//! task for each sandbox, spawned by `host`; the end itself is the lifecycle's.
+//!
+//! What a pod takes: its emptyDirs on disk and its logs, which are walked here, and its
+//! containers' writable layers, which the runtime counts ([`super::super::housekeeping`]
+//! asks it).
 //!
 //! What always holds: one tree is walked at a time on this host, and a tree that
 //! takes long to walk is walked less often.
 
 use std::{
-    path::PathBuf,
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
-use pool_agent_api::VolumeName;
+use pool_agent_api::{ContainerName, SandboxKey, SandboxSpec, VolumeName};
 use tokio::sync::{Semaphore, mpsc, watch};
 
 use super::{
     driver::{Command, Progress},
     event::Event,
 };
-use crate::volumes::usage;
+use crate::{
+    allowance::Allowance,
+    layout::SandboxDirs,
+    volumes::{
+        self,
+        usage::{self, Usage},
+    },
+};
 
 /// As often as a kubelet looks.
-const PERIOD: Duration = Duration::from_secs(10);
+pub const PERIOD: Duration = Duration::from_secs(10);
 /// A walk takes at most this part of the time.
 const SHARE: u32 = 10;
 /// The disk is the pods'.
 static WALKS: Semaphore = Semaphore::const_new(1);
+/// What a kubelet gives as the reason.
+pub const EVICTED: &str = "Evicted";
 
-/// Measures the volumes until one is too large or the sandbox has ended.
+/// What the runtime counts of a container that runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Counted {
+    pub writable_layer: Usage,
+    pub working_set_bytes: u64,
+}
+
+/// Of all containers of this host, as of the last time the runtime was asked.
+pub type Counts = BTreeMap<SandboxKey, BTreeMap<ContainerName, Counted>>;
+
+/// What one sandbox takes of the disk.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Disk {
+    pub volumes: BTreeMap<VolumeName, Usage>,
+    pub logs: BTreeMap<ContainerName, Usage>,
+    pub layers: BTreeMap<ContainerName, Usage>,
+}
+
+impl Disk {
+    pub fn total(&self) -> Usage {
+        let parts = self.volumes.values().chain(self.logs.values());
+        parts
+            .chain(self.layers.values())
+            .fold(Usage::default(), |all, part| sum(all, *part))
+    }
+
+    fn of_container(&self, name: &ContainerName) -> u64 {
+        let bytes = |parts: &BTreeMap<ContainerName, Usage>| parts.get(name).map_or(0, |part| part.bytes);
+        bytes(&self.logs).saturating_add(bytes(&self.layers))
+    }
+}
+
+/// Where a sandbox's disk is, and how much of it may be used.
+#[derive(Debug, Clone)]
+pub struct Bounds {
+    key: SandboxKey,
+    volumes: Vec<(VolumeName, PathBuf, Option<u64>)>,
+    logs: Vec<(ContainerName, PathBuf)>,
+    /// Of app containers and sidecars: others have ended when it counts.
+    containers: Vec<(ContainerName, u64)>,
+    /// The sum of the containers' own limits.
+    limit: Option<u64>,
+    /// What the host allows in any case, and what was claimed.
+    allowed: u64,
+    claimed: u64,
+}
+
+impl Bounds {
+    pub fn of(spec: &SandboxSpec, allowance: &Allowance, dirs: &SandboxDirs) -> Self {
+        let lasting = spec.init_containers.iter().filter(|c| c.restartable_init);
+        Self {
+            key: spec.key.clone(),
+            volumes: volumes::on_disk(spec, dirs),
+            logs: spec
+                .all_containers()
+                .map(|c| (c.name.clone(), dirs.logs().join(c.name.as_str())))
+                .collect(),
+            containers: lasting
+                .chain(&spec.containers)
+                .filter_map(|c| {
+                    let limit = c.resources.ephemeral_storage_limit_bytes.filter(|&n| n > 0)?;
+                    Some((c.name.clone(), limit))
+                })
+                .collect(),
+            limit: allowance.ephemeral_storage_limit_bytes,
+            allowed: allowance.ephemeral_storage_bytes,
+            claimed: allowance.claim.ephemeral_storage_bytes,
+        }
+    }
+
+    /// Walks what is to be walked, each until it alone is more than is allowed.
+    async fn measure(&self) -> Disk {
+        let mut disk = Disk::default();
+        for (name, path, _) in &self.volumes {
+            disk.volumes.insert(name.clone(), taken(path, self.allowed).await);
+        }
+        for (name, path) in &self.logs {
+            disk.logs.insert(name.clone(), taken(path, self.allowed).await);
+        }
+        disk
+    }
+
+    /// What is told of the first bound that is exceeded: a kubelet's order, and its words
+    /// where it has any.
+    fn exceeded(&self, disk: &Disk) -> Option<String> {
+        for (name, _, limit) in &self.volumes {
+            if let (Some(limit), Some(taken)) = (limit, disk.volumes.get(name))
+                && taken.bytes > *limit
+            {
+                return Some(format!(
+                    "Usage of EmptyDir volume \"{name}\" exceeds the limit \"{}\". ",
+                    quantity(*limit)
+                ));
+            }
+        }
+        let total = disk.total().bytes;
+        if let Some(limit) = self.limit
+            && total > limit
+        {
+            return Some(format!(
+                "Pod ephemeral local storage usage exceeds the total limit of containers {}. ",
+                quantity(limit)
+            ));
+        }
+        for (name, limit) in &self.containers {
+            if disk.of_container(name) > *limit {
+                return Some(format!(
+                    "Container {name} exceeded its local ephemeral storage limit \"{}\". ",
+                    quantity(*limit)
+                ));
+            }
+        }
+        (total > self.allowed).then(|| {
+            format!(
+                "Pod ephemeral local storage usage exceeds {}, what its host allows a request of {}. ",
+                quantity(self.allowed),
+                quantity(self.claimed)
+            )
+        })
+    }
+}
+
+async fn taken(path: &Path, enough: u64) -> Usage {
+    usage::measure(path, enough).await.unwrap_or_else(|error| {
+        // Not made yet, or gone already.
+        tracing::debug!(path = %path.display(), error = %error, "a directory was not measured");
+        Usage::default()
+    })
+}
+
+fn sum(a: Usage, b: Usage) -> Usage {
+    Usage {
+        bytes: a.bytes.saturating_add(b.bytes),
+        inodes: a.inodes.saturating_add(b.inodes),
+    }
+}
+
+/// Measures until something is too large or the sandbox has ended; what was measured
+/// goes to `disk`.
 pub async fn watch(
-    volumes: Vec<(VolumeName, PathBuf, u64)>,
+    bounds: Bounds,
+    counts: watch::Receiver<Arc<Counts>>,
+    disk: watch::Sender<Disk>,
     mut progress: watch::Receiver<Progress>,
     commands: mpsc::Sender<Command>,
 ) {
@@ -43,48 +197,32 @@ pub async fn watch(
             return;
         };
         let begun = Instant::now();
-        let over = over(&volumes).await;
+        let mut measured = bounds.measure().await;
         let took = begun.elapsed();
         drop(permit);
-        match over {
-            Some(message) => {
-                if commands
-                    .send(Command::Event(Event::Evict("Evicted", message)))
-                    .await
-                    .is_err()
-                {
-                    tracing::debug!("the sandbox ended before it was evicted");
-                }
-                return;
+        measured.layers = match counts.borrow().get(&bounds.key) {
+            Some(containers) => containers
+                .iter()
+                .map(|(name, counted)| (name.clone(), counted.writable_layer))
+                .collect(),
+            None => BTreeMap::new(),
+        };
+        let exceeded = bounds.exceeded(&measured);
+        disk.send_replace(measured);
+        if let Some(message) = exceeded {
+            let evict = Command::Event(Event::Evict(EVICTED, message));
+            if commands.send(evict).await.is_err() {
+                tracing::debug!("the sandbox ended before it was evicted");
             }
-            None => pause = PERIOD.max(took * SHARE),
+            return;
         }
+        pause = PERIOD.max(took * SHARE);
     }
-}
-
-/// What is told of the first volume that is too large, in a kubelet's words.
-async fn over(volumes: &[(VolumeName, PathBuf, u64)]) -> Option<String> {
-    for (volume, path, limit) in volumes {
-        match usage::exceeds(path, *limit).await {
-            Ok(false) => {}
-            Ok(true) => {
-                return Some(format!(
-                    "Usage of EmptyDir volume \"{volume}\" exceeds the limit \"{}\". ",
-                    quantity(*limit)
-                ));
-            }
-            // Not made yet, or gone already.
-            Err(error) => {
-                tracing::debug!(path = %path.display(), error = %error, "a volume was not measured");
-            }
-        }
-    }
-    None
 }
 
 /// An amount of bytes as Kubernetes would most likely have been given it: with the
 /// largest suffix that leaves a whole number, a binary one first.
-fn quantity(bytes: u64) -> String {
+pub fn quantity(bytes: u64) -> String {
     const SUFFIXES: [(&str, u64); 8] = [
         ("Ti", 1 << 40),
         ("Gi", 1 << 30),
@@ -105,53 +243,4 @@ fn quantity(bytes: u64) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_amount_reads_as_it_was_written() {
-        for (bytes, text) in [
-            (1 << 20, "1Mi"),
-            (3 << 30, "3Gi"),
-            (1536 << 20, "1536Mi"),
-            (100_000_000, "100M"),
-            (2048, "2Ki"),
-            (5_000, "5k"),
-            (1_234_567, "1234567"),
-        ] {
-            assert_eq!(quantity(bytes), text);
-        }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_volume_that_grows_past_its_limit_evicts_in_a_kubelets_words() {
-        let directory = tempfile::tempdir().unwrap();
-        let volume = directory.path().join("scratch");
-        std::fs::create_dir(&volume).unwrap();
-        let (commands, mut inbox) = mpsc::channel(1);
-        let (_driver, progress) = watch::channel(Progress::default());
-        let limited = vec![("scratch".parse().unwrap(), volume.clone(), 1 << 20)];
-        tokio::spawn(watch(limited, progress, commands));
-        let quiet = tokio::time::timeout(PERIOD * 3, inbox.recv()).await;
-        assert!(quiet.is_err(), "an empty volume is not too large");
-        std::fs::write(volume.join("file"), vec![1; 2 << 20]).unwrap();
-        let Some(Command::Event(Event::Evict(reason, message))) = inbox.recv().await else {
-            panic!("it was not evicted");
-        };
-        assert_eq!(reason, "Evicted");
-        assert_eq!(
-            message,
-            "Usage of EmptyDir volume \"scratch\" exceeds the limit \"1Mi\". "
-        );
-        assert!(inbox.recv().await.is_none(), "it is told once");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn nothing_is_measured_once_the_sandbox_has_stopped() {
-        let (commands, mut inbox) = mpsc::channel(1);
-        let (driver, progress) = watch::channel(Progress::default());
-        tokio::spawn(watch(vec![], progress, commands));
-        driver.send_modify(|p| p.stopped = true);
-        assert!(inbox.recv().await.is_none());
-    }
-}
+mod tests;

@@ -16,11 +16,11 @@ use mesh_runtime::{
     runtime::{AttachError, Attachment},
 };
 use pool_agent_api::{
-    HostName, SandboxKey, SandboxSpec,
+    HostName, Pressure, SandboxKey, SandboxSpec,
     spec::{Container, Hook, Volume},
     status::{MeshState, Terminated},
 };
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
@@ -30,11 +30,13 @@ use super::{
         ContainerId, Effect, Event, HookKind, ProbeKind, Pulled, SandboxId, Slot, StartFailure, Started,
         Teardown, Trouble,
     },
+    eviction::Counts,
 };
 use crate::{
+    allowance::Allowance,
     attachment::{Mesh, reported},
     causes::described,
-    cgroup::{Cgroups, PodLimits},
+    cgroup::Cgroups,
     cni::{Add, Desk, Joined},
     confined::Directory,
     cri::{
@@ -46,7 +48,7 @@ use crate::{
     layout::{Layout, SandboxDirs},
     logs,
     network::{POD_GATEWAY, Router},
-    policy,
+    policy::{self, room::HostRoom},
     probes::{self, Prober, Vantage},
     spec_file,
     user_ids::IdRange,
@@ -63,8 +65,8 @@ const FALLBACK_BYTES: usize = 2048;
 pub struct Workshop {
     pub host: HostName,
     pub address: IpAddr,
-    /// The host's memory, in bytes.
-    pub memory: u64,
+    /// How the host is shared out.
+    pub room: HostRoom,
     /// The range that this host's pods have their addresses of.
     pub pod_range: Ipv4Net,
     /// Whose addresses are whose in the pool.
@@ -74,6 +76,14 @@ pub struct Workshop {
     pub desk: Desk,
     pub layout: Layout,
     pub cgroups: Cgroups,
+    /// What the runtime counts of this host's containers, from time to time.
+    pub counts: watch::Sender<Arc<Counts>>,
+    /// What the host is short of.
+    pub pressure: watch::Sender<Pressure>,
+    /// Images that nobody uses have to go now.
+    pub disk_is_short: Notify,
+    /// Where images and writable layers lie, as the runtime says.
+    pub image_directories: watch::Sender<Vec<String>>,
     pub clock: Clock,
     /// What a pod may have the host hold for it.
     pub files: policy::files::Files,
@@ -140,8 +150,13 @@ impl Hands {
     // ---- the sandbox
 
     fn sandbox_config(&self) -> wire::PodSandboxConfig {
-        let parent = Cgroups::parent(self.key(), Qos::of(&self.spec));
+        let parent = self.cgroup();
         config::sandbox(&self.spec, &self.shop.host, &self.dirs, &parent, self.user_ids)
+    }
+
+    /// The pod's own.
+    fn cgroup(&self) -> String {
+        self.shop.cgroups.parent(self.key(), Qos::of(&self.spec))
     }
 
     async fn prepare_volumes(&self) -> Result<(), Trouble> {
@@ -161,11 +176,13 @@ impl Hands {
         let config = self.sandbox_config();
         let logs = self.dirs.logs();
         let cgroups = self.shop.cgroups.clone();
-        let parent = Cgroups::parent(self.key(), Qos::of(&self.spec));
-        let limits = PodLimits::of(&self.spec);
+        let parent = self.cgroup();
+        // Admission has asked the same; the policy may have changed since.
+        let allowance = Allowance::of(self.spec.claim, &self.spec, &self.shop.room)
+            .map_err(|e| Trouble::new(REASON, e))?;
         blocking(move || {
             Directory::ensure(&logs)?;
-            cgroups.create(&parent, limits)
+            cgroups.create(&parent, &allowance)
         })
         .await?
         .map_err(|e| Trouble::new(REASON, format_args!("making the pod's cgroup: {e}")))?;
@@ -329,7 +346,7 @@ impl Hands {
             .await
             .map_err(|e| Trouble::new("FailedKillPod", e))?;
         let cgroups = self.shop.cgroups.clone();
-        let parent = Cgroups::parent(self.key(), Qos::of(&self.spec));
+        let parent = self.cgroup();
         blocking(move || cgroups.remove(&parent))
             .await?
             .map_err(|e| Trouble::new("FailedKillPod", format_args!("removing the pod's cgroup: {e}")))?;
@@ -417,7 +434,8 @@ impl Hands {
             image: image.id,
             pod_ip: self.address.into(),
             host_ip: self.shop.address,
-            host_memory: self.shop.memory,
+            host_memory: self.shop.room.capacity.memory_bytes,
+            kill_as_a_whole: self.shop.cgroups.can_kill_as_a_whole(),
             user_ids: self.user_ids,
             mounts: self
                 .mounts(slot, restart)

@@ -188,9 +188,9 @@ async fn a_dead_pause_process_ends_the_pod_and_leaves_nothing(host: &Host) -> an
 }
 
 /// The pod's own cgroup, in each hierarchy that has one.
-fn cgroups_of(pod: &Pod<'_>) -> Vec<PathBuf> {
+fn cgroups_of(host: &Host, pod: &Pod<'_>) -> Vec<PathBuf> {
     let below = |root: &Path| {
-        let parents = Cgroups::parents(&pod.key);
+        let parents = Cgroups::detect(&host.cgroup()).parents(&pod.key);
         let all = parents.map(|parent| root.join(parent.trim_start_matches('/')));
         all.into_iter().find(|path| path.exists())
     };
@@ -207,7 +207,7 @@ fn cgroups_of(pod: &Pod<'_>) -> Vec<PathBuf> {
 async fn a_process_that_the_runtime_forgot_keeps_no_sandbox(host: &Host) -> anyhow::Result<()> {
     let web = host.start(pod(vec![idle("main")])).await?;
     web.until_running().await?;
-    let cgroups = cgroups_of(&web);
+    let cgroups = cgroups_of(host, &web);
     ensure!(!cgroups.is_empty(), "the pod has no cgroup");
     let mut forgotten = tokio::process::Command::new("sleep")
         .arg("100000")
@@ -225,14 +225,15 @@ async fn a_process_that_the_runtime_forgot_keeps_no_sandbox(host: &Host) -> anyh
     web.forget().await?;
     let status = within("that the process ends", forgotten.wait()).await??;
     ensure!(status.signal() == Some(9), "{status}");
-    ensure!(cgroups_of(&web).is_empty(), "its cgroup is left");
+    ensure!(cgroups_of(host, &web).is_empty(), "its cgroup is left");
     Ok(())
 }
 
 /// As a start that was cut off leaves it: in containerd's store, and not in CRI's.
 async fn a_container_that_cri_forgot_is_removed_with_its_process(host: &Host) -> anyhow::Result<()> {
     const ID: &str = "forgotten";
-    let run = ["run", "--detach", "--null-io", "--cgroup", "/spindrift/forgotten"];
+    let cgroup = format!("/{}/forgotten", host.cgroup());
+    let run = ["run", "--detach", "--null-io", "--cgroup", &cgroup];
     let what = [BUSYBOX_IMAGE.reference, ID, "/bin/sleep", "100000"];
     host.ctr(&[run.as_slice(), &what].concat()).await?;
     let pid = host.pid(ID).await?;

@@ -311,6 +311,11 @@ impl Host {
         )
     }
 
+    /// The cgroup of all its pods, below the root of each hierarchy.
+    pub(super) fn cgroup(&self) -> String {
+        self.layout.host_cgroup(&self.topology.hosts[0].name)
+    }
+
     // ---- what containerd has, whatever the agent says
 
     pub(super) fn socket(&self) -> PathBuf {

@@ -10,7 +10,7 @@ use k8s_openapi::{
     },
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
-use pool_agent_api::Resources;
+use pool_agent_api::{Pressure, Resources};
 use pool_cell::{
     host::KUBELET_VERSION,
     patch::{self, Finding},
@@ -22,14 +22,14 @@ use sha2::{Digest, Sha256};
 use super::Identity;
 use crate::{config, pool::HostTable};
 
-/// What pods may use now: the quota, or what the hosts in reach have.
+/// What pods may use now: the quota, or what the hosts in reach have for them.
 pub(crate) fn allocatable(identity: &Identity, hosts: &HostTable) -> Resources {
     let reachable = hosts.values().filter(|h| h.reachable);
     identity.settings.quota.unwrap_or_else(|| {
         reachable
             .filter_map(|h| h.host.as_ref())
             .fold(Resources::default(), |sum, host| {
-                sum.saturating_add(host.capacity)
+                sum.saturating_add(host.allocatable)
             })
     })
 }
@@ -130,6 +130,7 @@ impl Shape {
                 allocatable: Some(quantities(allocatable(identity, hosts))),
                 conditions: Some(conditions(
                     standing,
+                    hosts,
                     old.conditions.as_deref().unwrap_or_default(),
                     now,
                 )),
@@ -219,7 +220,21 @@ const NATIVE: &str = match std::env::consts::ARCH.as_bytes() {
     _ => "amd64",
 };
 
-fn conditions(standing: &Standing, old: &[NodeCondition], now: Timestamp) -> Vec<NodeCondition> {
+fn conditions(
+    standing: &Standing,
+    hosts: &HostTable,
+    old: &[NodeCondition],
+    now: Timestamp,
+) -> Vec<NodeCondition> {
+    let reachable = hosts.values().filter(|h| h.reachable);
+    let pressures: Vec<Pressure> = reachable
+        .filter_map(|h| h.host.as_ref().map(|h| h.pressure))
+        .collect();
+    // Placement leaves a host that is short alone: the node is, once all are. Over a cell
+    // others may come.
+    let listed = matches!(standing, Standing::Hosts { .. });
+    let all =
+        |pressed: fn(&Pressure) -> bool| listed && !pressures.is_empty() && pressures.iter().all(pressed);
     let ready = match standing {
         Standing::Hosts { reachable: 0, all } => (
             false,
@@ -238,18 +253,53 @@ fn conditions(standing: &Standing, old: &[NodeCondition], now: Timestamp) -> Vec
             "the pool has not said yet what the tenant may use".to_owned(),
         ),
     };
-    let fine = |text: &str| (false, text.to_owned());
-    let (memory, disk, pid, network) = (
-        fine("hosts of the pool have sufficient memory available"),
-        fine("hosts of the pool have no disk pressure"),
-        fine("hosts of the pool have sufficient PIDs available"),
-        fine("each host routes its slice of the pod range"),
+    let told = |holds: bool, when: [&'static str; 2], otherwise: [&'static str; 2]| {
+        let [reason, message] = if holds { when } else { otherwise };
+        (holds, reason, message.to_owned())
+    };
+    let memory = told(
+        all(|p| p.memory),
+        [
+            "KubeletHasInsufficientMemory",
+            "all hosts of the pool are short of memory",
+        ],
+        [
+            "KubeletHasSufficientMemory",
+            "hosts of the pool have sufficient memory available",
+        ],
+    );
+    let disk = told(
+        all(|p| p.disk),
+        [
+            "KubeletHasDiskPressure",
+            "all hosts of the pool are short of disk",
+        ],
+        [
+            "KubeletHasNoDiskPressure",
+            "hosts of the pool have no disk pressure",
+        ],
+    );
+    let pid = told(
+        all(|p| p.pids),
+        [
+            "KubeletHasInsufficientPID",
+            "all hosts of the pool are short of PIDs",
+        ],
+        [
+            "KubeletHasSufficientPID",
+            "hosts of the pool have sufficient PIDs available",
+        ],
+    );
+    let network = (
+        false,
+        "RouteCreated",
+        "each host routes its slice of the pod range".to_owned(),
     );
     let findings = [
-        ("MemoryPressure", memory.0, "KubeletHasSufficientMemory", memory.1),
-        ("DiskPressure", disk.0, "KubeletHasNoDiskPressure", disk.1),
-        ("PIDPressure", pid.0, "KubeletHasSufficientPID", pid.1),
-        ("NetworkUnavailable", network.0, "RouteCreated", network.1),
+        ("MemoryPressure", memory.0, memory.1, memory.2),
+        ("DiskPressure", disk.0, disk.1, disk.2),
+        ("PIDPressure", pid.0, pid.1, pid.2),
+        ("NetworkUnavailable", network.0, network.1, network.2),
         ("Ready", ready.0, ready.1, ready.2),
     ]
     .map(|(kind, holds, reason, message)| Finding {

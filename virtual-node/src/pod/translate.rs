@@ -141,6 +141,7 @@ pub(crate) fn translate(
             .active_deadline_seconds
             .and_then(|s| u64::try_from(s).ok())
             .map(Duration::from_secs),
+        priority: spec.priority.unwrap_or(0),
     };
     // The host parses what it is sent; what it would refuse is refused here.
     let wire = wire::SandboxSpec::from(SandboxSpec::new(parts)?);

@@ -88,6 +88,8 @@ pub struct ContainerResources {
     pub cpu_limit_millis: Option<u64>,
     pub memory_request_bytes: Option<u64>,
     pub memory_limit_bytes: Option<u64>,
+    pub ephemeral_storage_request_bytes: Option<u64>,
+    pub ephemeral_storage_limit_bytes: Option<u64>,
 }
 
 /// Where the last words of a container are read from.
@@ -303,6 +305,8 @@ impl TryFrom<wire::Container> for Container {
                 cpu_limit_millis: resources.cpu_limit_millis,
                 memory_request_bytes: resources.memory_request_bytes,
                 memory_limit_bytes: resources.memory_limit_bytes,
+                ephemeral_storage_request_bytes: resources.ephemeral_storage_request_bytes,
+                ephemeral_storage_limit_bytes: resources.ephemeral_storage_limit_bytes,
             },
             startup_probe: probe("startup_probe", c.startup_probe)?,
             liveness_probe: probe("liveness_probe", c.liveness_probe)?,
@@ -383,6 +387,8 @@ impl From<Container> for wire::Container {
                 cpu_limit_millis: c.resources.cpu_limit_millis,
                 memory_request_bytes: c.resources.memory_request_bytes,
                 memory_limit_bytes: c.resources.memory_limit_bytes,
+                ephemeral_storage_request_bytes: c.resources.ephemeral_storage_request_bytes,
+                ephemeral_storage_limit_bytes: c.resources.ephemeral_storage_limit_bytes,
             }),
             startup_probe: c.startup_probe.map(Into::into),
             liveness_probe: c.liveness_probe.map(Into::into),

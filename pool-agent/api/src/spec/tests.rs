@@ -118,6 +118,7 @@ fn parts() -> SandboxParts {
         registry_credentials: vec![],
         share_process_namespace: false,
         active_deadline: None,
+        priority: -3,
     }
 }
 

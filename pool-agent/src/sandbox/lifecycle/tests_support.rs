@@ -45,6 +45,7 @@ pub(crate) fn spec(pod: &str, change: impl FnOnce(&mut SandboxParts)) -> Sandbox
         registry_credentials: vec![],
         share_process_namespace: false,
         active_deadline: None,
+        priority: 0,
     };
     change(&mut parts);
     SandboxSpec::new(parts).unwrap()

@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use pool_agent_api::Host;
+use pool_agent_api::{Host, Pressure};
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
@@ -41,7 +41,14 @@ fn hosts(reachable: [bool; 2]) -> HostTable {
                     ephemeral_storage_bytes: 4 << 30,
                     sandboxes: 110,
                 },
+                allocatable: Resources {
+                    cpu_millis: 1400,
+                    memory_bytes: 1 << 30,
+                    ephemeral_storage_bytes: 2 << 30,
+                    sandboxes: 110,
+                },
                 free: Resources::default(),
+                pressure: Pressure::default(),
                 runtime_version: "containerd://2.2.3".into(),
                 kernel_version: "6.18.0".into(),
                 os_image: "Debian".into(),
@@ -95,7 +102,7 @@ fn a_host_out_of_reach_shrinks_what_may_be_used_and_the_last_one_ends_readiness(
     let one = shape(&hosts([true, false]), &node, 10);
     assert!(one.ready());
     let patch = one.status_patch(&node, false).unwrap();
-    assert_eq!(patch["status"]["allocatable"]["cpu"], "1500m");
+    assert_eq!(patch["status"]["allocatable"]["cpu"], "1400m");
     assert_eq!(patch["status"].get("capacity"), None);
     let none = shape(&hosts([false, false]), &node, 20);
     assert!(!none.ready());
@@ -188,4 +195,34 @@ fn over_a_cell_the_node_is_ready_without_a_host_once_the_quota_is_known() {
     let standing = Standing::of_quota(Some(quota));
     let shape = Shape::new(&identity, &HostTable::new(), &standing, &Node::default(), at(0));
     assert_eq!(offered(&shape.node()), Some(quota));
+}
+
+#[test]
+fn the_node_is_short_of_what_all_hosts_in_reach_are_short_of() {
+    let mut table = hosts([true, true]);
+    let told = |table: &HostTable, kind: &str| {
+        let standing = Standing::Hosts {
+            reachable: table.len(),
+            all: table.len(),
+        };
+        let conditions = conditions(&standing, table, &[], at(0));
+        let found = conditions.into_iter().find(|c| c.type_ == kind).unwrap();
+        (found.status, found.reason.unwrap())
+    };
+    let press = |table: &mut HostTable, i: usize| {
+        let view = table.values_mut().nth(i).unwrap();
+        Arc::make_mut(view.host.as_mut().unwrap()).pressure.memory = true;
+    };
+    press(&mut table, 0);
+    let fine = ("False".into(), "KubeletHasSufficientMemory".into());
+    assert_eq!(told(&table, "MemoryPressure"), fine, "the other has enough");
+    press(&mut table, 1);
+    let short = ("True".into(), "KubeletHasInsufficientMemory".into());
+    assert_eq!(told(&table, "MemoryPressure"), short);
+    assert_eq!(told(&table, "DiskPressure").0, "False");
+    assert_eq!(
+        told(&HostTable::new(), "MemoryPressure").0,
+        "False",
+        "nobody says"
+    );
 }

@@ -218,6 +218,8 @@ fn resources(set: Option<&ResourceRequirements>, at: &str) -> Result<ContainerRe
         cpu_limit_millis: amount("limits", set.limits.as_ref(), "cpu")?,
         memory_request_bytes: amount("requests", set.requests.as_ref(), "memory")?,
         memory_limit_bytes: amount("limits", set.limits.as_ref(), "memory")?,
+        ephemeral_storage_request_bytes: amount("requests", set.requests.as_ref(), "ephemeral-storage")?,
+        ephemeral_storage_limit_bytes: amount("limits", set.limits.as_ref(), "ephemeral-storage")?,
     })
 }
 
