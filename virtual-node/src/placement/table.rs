@@ -3,6 +3,7 @@
 //! What always holds:
 //! - the room granted on a host never exceeds what the host has, less what
 //!   others take of it (the host's agent still has the last word);
+//! - a host that says it is short of something gets nothing new;
 //! - of the hosts with room, the one with the fewest pods of the same owner is
 //!   taken, then the fullest, then the first by name;
 //! - a claim is answered as soon as there is room, older claims first; a claim
@@ -36,8 +37,10 @@ pub(super) enum Answer {
 #[derive(Debug, Clone, Default)]
 struct Host {
     reachable: bool,
+    /// Short of something: it evicts pods, and would refuse this one.
+    pressed: bool,
     /// None: never heard.
-    capacity: Option<Resources>,
+    allocatable: Option<Resources>,
     /// Taken by others than this table's pods, as of the host's last report.
     foreign: Resources,
 }
@@ -68,12 +71,13 @@ impl Table {
                 let own = self.taken(name);
                 let host = Host {
                     reachable: view.reachable,
-                    capacity: view.host.as_ref().map(|h| h.capacity),
+                    pressed: view.host.as_ref().is_some_and(|h| h.pressure.any()),
+                    allocatable: view.host.as_ref().map(|h| h.allocatable),
                     // What the host counts as taken and is not ours.
                     foreign: view
                         .host
                         .as_ref()
-                        .map(|h| less(less(h.capacity, h.free), own))
+                        .map(|h| less(less(h.allocatable, h.free), own))
                         .unwrap_or_default(),
                 };
                 (name.clone(), host)
@@ -158,10 +162,10 @@ impl Table {
     fn best(&self, pod: &PodUid, ask: &Ask) -> Option<HostName> {
         self.hosts
             .iter()
-            .filter(|(_, host)| host.reachable)
+            .filter(|(_, host)| host.reachable && !host.pressed)
             .filter(|(name, _)| !self.refusals.contains(&((*name).clone(), pod.clone())))
             .filter_map(|(name, host)| {
-                let free = less(less(host.capacity?, host.foreign), self.taken(name));
+                let free = less(less(host.allocatable?, host.foreign), self.taken(name));
                 let left = free.checked_sub(ask.claim)?;
                 let siblings = match &ask.owner {
                     Some(owner) => self
@@ -182,7 +186,7 @@ impl Table {
 
     /// What is short on every host, once all hosts have said what they have.
     fn never(&self, claim: &Resources) -> Option<Shortage> {
-        let capacities: Option<Vec<Resources>> = self.hosts.values().map(|h| h.capacity).collect();
+        let capacities: Option<Vec<Resources>> = self.hosts.values().map(|h| h.allocatable).collect();
         let capacities = capacities?;
         if capacities.iter().any(|c| c.checked_sub(*claim).is_some()) {
             return None;

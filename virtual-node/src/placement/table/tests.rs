@@ -30,6 +30,8 @@ fn view(i: usize, cpu: u64, free: u64) -> (HostName, HostView) {
         boot_id: String::new(),
         address: "192.0.2.1".parse().unwrap(),
         capacity: resources(cpu, 10),
+        allocatable: resources(cpu, 10),
+        pressure: Default::default(),
         free: resources(free, 10),
         runtime_version: String::new(),
         kernel_version: String::new(),
@@ -145,6 +147,22 @@ fn a_host_out_of_reach_gets_nothing_new_and_keeps_what_it_has() {
 }
 
 #[test]
+fn a_host_that_is_short_of_something_gets_nothing_new() {
+    let mut pressed = view(0, 1000, 1000);
+    let host = Arc::make_mut(pressed.1.host.as_mut().unwrap());
+    host.pressure.disk = true;
+    let mut table = table([pressed, view(1, 300, 300)]);
+    assert_eq!(
+        room(table.claim(pod(0), ask(100, ""))),
+        pairs(&[("pod-0", "host-1")])
+    );
+    // It fits the host that is short: it waits for that to pass.
+    assert_eq!(room(table.claim(pod(1), ask(500, ""))), []);
+    let answers = table.set_hosts(&[view(0, 1000, 1000), view(1, 300, 200)].into());
+    assert_eq!(room(answers), pairs(&[("pod-1", "host-0")]));
+}
+
+#[test]
 fn a_host_that_refused_a_pod_is_passed_over_for_a_while() {
     let mut table = table([view(0, 1000, 1000), view(1, 1000, 1000)]);
     table.claim(pod(0), ask(100, ""));
@@ -193,7 +211,7 @@ proptest! {
                 if let Answer::Room(host) = answer {
                     let known = &table.hosts[&host];
                     let used = table.taken(&host).saturating_add(known.foreign);
-                    prop_assert!(known.capacity.unwrap().checked_sub(used).is_some());
+                    prop_assert!(known.allocatable.unwrap().checked_sub(used).is_some());
                 }
             }
         }
