@@ -4,10 +4,11 @@
 //! Pod drivers ask the placer for room and tell it what they hold, the mesh control
 //! plane reads the published [`Placements`]. There are two placers behind one seam,
 //! each a task: [`listed`], over hosts that the configuration lists, with its rules
-//! in the pure [`table`]; and [`cell`], by claims in the pool's own cluster, with its
+//! in the pure [`table`] and [`admitted`]; and [`cell`], by claims in the pool's own cluster, with its
 //! rules in the pure [`claims`]. Neither stores anything: after a restart drivers
 //! tell again what is on their pods' records.
 
+mod admitted;
 mod board;
 mod cell;
 mod claims;
@@ -22,6 +23,7 @@ use std::{
     time::Duration,
 };
 
+pub(crate) use admitted::Arrival;
 use board::Board;
 pub(crate) use cell::Cell;
 
@@ -142,6 +144,7 @@ enum Request {
         pod: PodUid,
         attempt: Attempt,
         ask: Box<Ask>,
+        arrival: Arrival,
         answer: oneshot::Sender<Claimed>,
         waiting: watch::Sender<Option<Waiting>>,
     },
@@ -172,12 +175,15 @@ enum Request {
 pub(crate) struct Stopped;
 
 impl Placer {
-    /// Starts the placer over the hosts that there are. It ends when all clones are
-    /// dropped.
-    pub(crate) fn start(hosts: watch::Receiver<HostTable>) -> (Self, watch::Receiver<Arc<Placements>>) {
+    /// Starts the placer over the hosts that there are; `quota` is what the node's pods
+    /// may claim together. It ends when all clones are dropped.
+    pub(crate) fn start(
+        hosts: watch::Receiver<HostTable>,
+        quota: Option<Resources>,
+    ) -> (Self, watch::Receiver<Arc<Placements>>) {
         let (requests, receiver) = mpsc::channel(REQUESTS);
         let (board, placements) = Board::new();
-        tokio::spawn(listed::Task::new(board).run(receiver, hosts));
+        tokio::spawn(listed::Task::new(board, quota).run(receiver, hosts));
         (Self { requests }, placements)
     }
 
@@ -206,6 +212,7 @@ impl Placer {
         pod: PodUid,
         attempt: Attempt,
         ask: Ask,
+        arrival: Arrival,
         waiting: watch::Sender<Option<Waiting>>,
     ) -> Result<Claimed, Stopped> {
         let (answer, answered) = oneshot::channel();
@@ -213,6 +220,7 @@ impl Placer {
             pod,
             attempt,
             ask: Box::new(ask),
+            arrival,
             answer,
             waiting,
         };

@@ -64,7 +64,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> anyhow::Result<
     let (pool, reports, hosts) = Pool::start(names, connect, membership);
     let (placer, placements, offer) = match &config.cell {
         None => {
-            let (placer, placements) = Placer::start(hosts.clone());
+            let (placer, placements) = Placer::start(hosts.clone(), config.node.quota);
             (placer, placements, Offer::Hosts)
         }
         Some(settings) => {

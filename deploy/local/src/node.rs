@@ -67,8 +67,23 @@ struct Config {
     dns_address: Ipv4Addr,
     upstream_nameservers: Vec<Ipv4Addr>,
     cluster_pod_range: String,
+    node: Settings,
     mesh: Mesh,
     pool: Pool,
+}
+
+/// What the node offers: less than its hosts have.
+#[derive(Serialize)]
+struct Settings {
+    quota: Quota,
+}
+
+#[derive(Serialize)]
+struct Quota {
+    cpu: &'static str,
+    memory: &'static str,
+    ephemeral_storage: &'static str,
+    pods: u32,
 }
 
 #[derive(Serialize)]
@@ -185,6 +200,14 @@ pub async fn join(
         // Nobody answers there: nothing of a lab talks to the world.
         upstream_nameservers: vec![API_SERVER],
         cluster_pod_range: POD_RANGE.into(),
+        node: Settings {
+            quota: Quota {
+                cpu: "3",
+                memory: "16Gi",
+                ephemeral_storage: "50Gi",
+                pods: 220,
+            },
+        },
         mesh: Mesh {
             listen: (VIRTUAL_NODE, MESH_PORT).into(),
             advertise: (VIRTUAL_NODE, MESH_PORT).into(),

@@ -190,6 +190,8 @@ impl Task {
                 ask,
                 answer,
                 waiting,
+                // The cell's own quota admits, and a claim beyond it waits.
+                arrival: _,
             } => {
                 self.board.publish(&pod, None);
                 self.retries.remove(&pod);

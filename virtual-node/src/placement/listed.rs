@@ -1,14 +1,15 @@
 //! The placer over hosts that the configuration lists: its task, around the pure
-//! [`table`](super::table).
+//! [`table`](super::table) and what is [`admitted`](super::admitted) to it.
 
 use std::{collections::BTreeMap, time::Duration};
 
-use pool_agent_api::PodUid;
+use pool_agent_api::{PodUid, Resources};
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::debug;
 
 use super::{
-    Claimed, Request, Waiting,
+    Ask, Claimed, Request, Shortage, Waiting,
+    admitted::Admitted,
     board::Board,
     table::{Answer, Table},
 };
@@ -18,14 +19,19 @@ use crate::pool::HostTable;
 const RETRY: Duration = Duration::from_secs(2);
 
 pub(super) struct Task {
+    admitted: Admitted,
+    /// Claims that wait to be admitted.
+    admitting: BTreeMap<PodUid, Ask>,
     table: Table,
     waiting: BTreeMap<PodUid, oneshot::Sender<Claimed>>,
     board: Board,
 }
 
 impl Task {
-    pub(super) fn new(board: Board) -> Self {
+    pub(super) fn new(board: Board, quota: Option<Resources>) -> Self {
         Self {
+            admitted: Admitted::new(quota),
+            admitting: BTreeMap::new(),
             table: Table::default(),
             waiting: BTreeMap::new(),
             board,
@@ -63,10 +69,14 @@ impl Task {
 
     fn take(&mut self, request: Request) {
         match request {
-            Request::Expect { pods } => self.board.expect(pods),
+            Request::Expect { pods } => {
+                self.board.expect(pods);
+                self.admit_when_complete();
+            }
             Request::Claim {
                 pod,
                 ask,
+                arrival,
                 answer,
                 waiting,
                 ..
@@ -74,9 +84,12 @@ impl Task {
                 self.board.publish(&pod, None);
                 waiting.send_replace(Some(Waiting::for_room()));
                 self.waiting.insert(pod.clone(), answer);
-                let answers = self.table.claim(pod.clone(), *ask);
-                self.answer(answers);
-                self.board.tells(pod);
+                let answer = self.admitted.claim(&pod, ask.claim, arrival);
+                self.admitting.insert(pod.clone(), *ask);
+                if let Some(answer) = answer {
+                    self.admit(pod.clone(), answer);
+                }
+                self.tells(pod);
             }
             Request::Hold {
                 pod,
@@ -85,12 +98,14 @@ impl Task {
                 published,
             } => {
                 self.waiting.remove(&pod);
+                self.admitting.remove(&pod);
+                self.admitted.count(&pod, ask.claim);
                 let answers = self.table.hold(pod.clone(), *ask, placement.host.clone());
                 self.board.publish(&pod, Some(placement));
                 // The driver may have ended meanwhile.
                 let _gone = published.send(()).is_err();
                 self.answer(answers);
-                self.board.tells(pod);
+                self.tells(pod);
             }
             Request::Refused { pod, host } => {
                 self.board.publish(&pod, None);
@@ -100,12 +115,41 @@ impl Task {
             // What is left of it takes no room.
             Request::Leave { pod, .. } | Request::Release { pod } => {
                 self.waiting.remove(&pod);
+                self.admitting.remove(&pod);
+                self.admitted.release(&pod);
                 self.board.publish(&pod, None);
                 let answers = self.table.release(&pod);
                 self.answer(answers);
-                self.board.tells(pod);
+                self.tells(pod);
             }
         }
+    }
+
+    fn tells(&mut self, pod: PodUid) {
+        self.board.tells(pod);
+        self.admit_when_complete();
+    }
+
+    /// Once all that is on record is counted, what came meanwhile is answered.
+    fn admit_when_complete(&mut self) {
+        if !self.board.is_complete() {
+            return;
+        }
+        for (pod, answer) in self.admitted.open() {
+            self.admit(pod, answer);
+        }
+    }
+
+    /// An admitted pod gets room as soon as there is some.
+    fn admit(&mut self, pod: PodUid, admitted: Result<(), Shortage>) {
+        let Some(ask) = self.admitting.remove(&pod) else {
+            return;
+        };
+        let answers = match admitted {
+            Ok(()) => self.table.claim(pod, ask),
+            Err(shortage) => vec![(pod, Answer::Never(shortage))],
+        };
+        self.answer(answers);
     }
 
     fn answer(&mut self, answers: Vec<(PodUid, Answer)>) {

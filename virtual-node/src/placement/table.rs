@@ -19,12 +19,14 @@ use crate::pool::HostTable;
 /// One of the amounts of a claim.
 type Amount = fn(&Resources) -> u64;
 
-/// What no host of the pool has enough of, even when empty.
+/// What the node, or every host of the pool even when empty, has too little of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Shortage {
     /// As in a kubelet's reasons: `cpu`, `memory`, `ephemeral-storage`, `pods`.
     pub(crate) resource: &'static str,
     pub(crate) requested: u64,
+    /// By other pods of the node's quota; None: `capacity` is the largest host's.
+    pub(crate) used: Option<u64>,
     pub(crate) capacity: u64,
 }
 
@@ -201,6 +203,7 @@ impl Table {
         let shortage = |(resource, of): (&'static str, Amount)| Shortage {
             resource,
             requested: of(claim),
+            used: None,
             capacity: largest(of),
         };
         // No single amount may be too much, only their combination: name the

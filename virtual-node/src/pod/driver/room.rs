@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     event::{Happening, Object},
-    placement::{Ask, Claimed, Placement, Shortage, Waiting},
+    placement::{Arrival, Ask, Claimed, Placement, Shortage, Waiting},
 };
 
 /// A pod that waits for room longer than this is told so.
@@ -115,11 +115,18 @@ impl Driver {
     fn claim(&mut self, pod: &Arc<Pod>, attempt: Attempt) {
         let (tools, uid, pod) = (self.tools.clone(), self.uid.clone(), pod.clone());
         // A pod that was placed before was admitted then.
-        let admit = self.record.is_none();
+        let arrival = match self.record {
+            Some(_) => Arrival::Before,
+            None => Arrival::New {
+                created: pod.metadata.creation_timestamp.as_ref().map(|time| time.0),
+            },
+        };
         let (show, shown) = watch::channel(None);
         self.waiting = shown;
         let seeking = async move {
-            if admit && let Err(rejection) = admitted(&tools, &pod).await {
+            if arrival != Arrival::Before
+                && let Err(rejection) = admitted(&tools, &pod).await
+            {
                 return Done::Sought(Sought::Never(rejection));
             }
             let mut ask = match ask(&pod) {
@@ -132,7 +139,7 @@ impl Driver {
                 ask.runtime = handler;
             }
             let (why, waits) = watch::channel(None);
-            let mut claim = std::pin::pin!(tools.placer.claim(uid, attempt, ask, why));
+            let mut claim = std::pin::pin!(tools.placer.claim(uid, attempt, ask, arrival, why));
             let claimed = tokio::select! {
                 claimed = &mut claim => claimed,
                 () = tell_of_waiting(&tools, &pod, waits, &show) => claim.await,
@@ -283,11 +290,20 @@ pub(super) fn forbidden(refusal: &Refusal) -> Verdict {
 
 /// As a kubelet rejects a pod that cannot fit.
 fn out_of(shortage: &Shortage) -> Verdict {
+    let Shortage {
+        resource,
+        requested,
+        used,
+        capacity,
+    } = shortage;
+    let of = match used {
+        Some(used) => format!("used: {used}, capacity: {capacity}"),
+        None => format!("capacity of the largest host: {capacity}"),
+    };
     Verdict {
-        reason: format!("OutOf{}", shortage.resource),
+        reason: format!("OutOf{resource}"),
         message: format!(
-            "Pod was rejected: Node didn't have enough resource: {}, requested: {}, capacity of the largest host: {}",
-            shortage.resource, shortage.requested, shortage.capacity
+            "Pod was rejected: Node didn't have enough resource: {resource}, requested: {requested}, {of}"
         ),
     }
 }

@@ -199,7 +199,7 @@ impl World {
         }
         let (pool, reports, table) = Pool::start(named, connect, membership());
         let (placer, placements) = match &self.cell {
-            None => Placer::start(table),
+            None => Placer::start(table, None),
             Some(cell) => Placer::claim_in(
                 Cell {
                     client: cell.client(),
