@@ -293,6 +293,15 @@ impl Host {
         &self.topology.hosts[0].namespace
     }
 
+    /// Where hosts and control planes are.
+    pub(super) fn underlay(&self) -> &Namespace {
+        &self.topology.lab
+    }
+
+    pub(super) fn address(&self) -> std::net::Ipv4Addr {
+        self.topology.hosts[0].address
+    }
+
     /// Of its pods' addresses.
     pub(super) fn range(&self) -> ipnet::IpNet {
         self.topology.hosts[0].pod_range.parse().unwrap()
@@ -402,7 +411,12 @@ impl Tenant {
 
     /// As its virtual node does whenever it has connected.
     pub(super) async fn configure(&self) -> anyhow::Result<()> {
-        let settings = wire::Tenant {
+        self.client().configure_tenant(self.settings()).await?;
+        Ok(())
+    }
+
+    pub(super) fn settings(&self) -> wire::Tenant {
+        wire::Tenant {
             id: self.name.into(),
             cluster_pod_range: POD_RANGE.into(),
             cluster_domain: "cluster.local".into(),
@@ -414,9 +428,7 @@ impl Tenant {
                 cluster_id: "Kubernetes".into(),
                 network: String::new(),
             }),
-        };
-        self.client().configure_tenant(settings).await?;
-        Ok(())
+        }
     }
 
     pub(super) fn client(&self) -> PoolAgentClient<Channel> {

@@ -3,13 +3,13 @@
 
 use std::{
     io::Read,
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     time::Duration,
 };
 
 use anyhow::{Context, ensure};
 use mesh_runtime::netns::Netns;
-use spindrift_local::topology::{API_SERVER, UPLINK};
+use spindrift_local::topology::{API_SERVER, API_SERVER_PORT, UPLINK, VIRTUAL_NODE};
 use tokio::io::AsyncWriteExt;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -27,6 +27,8 @@ pub(crate) fn tests() -> Vec<Case> {
     let mut all = cases![Others:
         each_pod_has_an_address_of_the_hosts_range_and_a_route_of_its_own,
         pods_of_two_tenants_on_a_host_do_not_meet,
+        a_pod_out_of_the_mesh_reaches_of_the_infrastructure_what_is_allowed,
+        a_tenant_whose_name_server_is_off_limits_is_refused_by_field,
     ];
     all.extend(cases![Alone: addresses_are_kept_over_a_restart_and_given_to_nobody_else]);
     all
@@ -89,6 +91,62 @@ async fn pods_of_two_tenants_on_a_host_do_not_meet(host: &Host) -> anyhow::Resul
     Ok(())
 }
 
+/// Greets whoever connects, for as long as what is returned lives.
+fn greet(netns: &Netns, at: SocketAddr) -> anyhow::Result<AbortOnDropHandle<()>> {
+    let listener = netns.enter(|| TcpListener::bind(at))?;
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    Ok(AbortOnDropHandle::new(tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            // Who broke off has told what he wanted.
+            let _broken = stream.write_all(GREETING.as_bytes()).await;
+        }
+    })))
+}
+
+async fn a_pod_out_of_the_mesh_reaches_of_the_infrastructure_what_is_allowed(
+    host: &Host,
+) -> anyhow::Result<()> {
+    const PORT: u16 = 7788;
+    let lab = Netns::open(host.underlay().path())?;
+    let allowed = SocketAddr::from((API_SERVER, API_SERVER_PORT));
+    let others = [
+        SocketAddr::from((API_SERVER, PORT)),
+        SocketAddr::from((VIRTUAL_NODE, PORT)),
+    ];
+    let mut serving = vec![greet(&lab, allowed)?];
+    for other in others {
+        serving.push(greet(&lab, other)?);
+    }
+    let client = Place::of(host, host.start(pod(vec![idle("main")])).await?).await?;
+    let heard = client.dial(allowed)?;
+    ensure!(heard == GREETING, "what is allowed: {heard}");
+    for other in others {
+        let heard = client.dial(other);
+        ensure!(heard.is_err(), "{other}: {heard:?}");
+    }
+    // The agent of its own host.
+    let agent = client.dial((host.address(), 7443));
+    ensure!(agent.is_err(), "the agent: {agent:?}");
+    let ear = lab.enter(|| UdpSocket::bind((VIRTUAL_NODE, PORT)))?;
+    ear.set_read_timeout(Some(REFUSAL))?;
+    let mouth = client.netns.enter(|| UdpSocket::bind((client.address, 0)))?;
+    mouth.send_to(b"hello", (VIRTUAL_NODE, PORT))?;
+    let heard = tokio::task::block_in_place(|| ear.recv_from(&mut [0; 16]));
+    ensure!(heard.is_err(), "a datagram got there: {heard:?}");
+    client.pod.forget().await
+}
+
+async fn a_tenant_whose_name_server_is_off_limits_is_refused_by_field(host: &Host) -> anyhow::Result<()> {
+    let mut settings = host.ours.settings();
+    settings.upstream_nameservers = vec![VIRTUAL_NODE.to_string()];
+    let refused = host.ours.client().configure_tenant(settings).await;
+    let told = refused.err().context("it was taken")?;
+    let words = "upstream_nameservers[0]: 192.0.2.2:53: the address is off limits";
+    ensure!(told.message().contains(words), "{told:?}");
+    Ok(())
+}
+
 async fn addresses_are_kept_over_a_restart_and_given_to_nobody_else(host: &Host) -> anyhow::Result<()> {
     let ours = Place::of(host, host.start(pod(vec![idle("main")])).await?).await?;
     let theirs = host.start_for(&host.theirs, pod(vec![idle("main")])).await?;
@@ -139,15 +197,7 @@ impl<'a> Place<'a> {
 
     /// Greets whoever connects, for as long as what is returned lives.
     fn serve(&self, port: u16) -> anyhow::Result<AbortOnDropHandle<()>> {
-        let listener = self.netns.enter(|| TcpListener::bind((self.address, port)))?;
-        listener.set_nonblocking(true)?;
-        let listener = tokio::net::TcpListener::from_std(listener)?;
-        Ok(AbortOnDropHandle::new(tokio::spawn(async move {
-            while let Ok((mut stream, _)) = listener.accept().await {
-                // Who broke off has told what he wanted.
-                let _broken = stream.write_all(GREETING.as_bytes()).await;
-            }
-        })))
+        greet(&self.netns, (self.address, port).into())
     }
 
     /// What is heard there.
