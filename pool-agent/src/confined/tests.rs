@@ -187,9 +187,12 @@ fn a_deep_tree_is_measured_and_removed_without_a_frame_or_a_descriptor_for_each_
     let place = place();
     fs::create_dir(place.volume.join("tree")).unwrap();
     deep(&place.volume.join("tree"), DEEP);
-    // Frames for its levels would not fit.
-    let work = std::thread::Builder::new().stack_size(128 << 10).spawn(move || {
-        let mut measurement = Measurement::of(&place.volume.join("tree"), u64::MAX).unwrap();
+    let volume = place.directory();
+    let tree = place.volume.join("tree");
+    // Frames for its levels would not fit. What is asserted is asserted outside: nor
+    // would a panic's.
+    let work = move || -> io::Result<(Usage, usize)> {
+        let mut measurement = Measurement::of(&tree, u64::MAX)?;
         let mut open = 0;
         let usage = loop {
             open = open.max(measurement.open());
@@ -197,12 +200,14 @@ fn a_deep_tree_is_measured_and_removed_without_a_frame_or_a_descriptor_for_each_
                 break usage;
             }
         };
-        assert_eq!(usage.inodes, 2 * DEEP as u64 + 1);
-        assert!(open < 40, "{open} directories open at a time");
-        place.removed("tree").unwrap();
-        assert_eq!(fs::read_dir(&place.volume).unwrap().count(), 0);
-    });
-    work.unwrap().join().unwrap();
+        at_once(Removal::of(&volume, "tree")?)?;
+        Ok((usage, open))
+    };
+    let thread = std::thread::Builder::new().stack_size(128 << 10).spawn(work);
+    let (usage, open) = thread.unwrap().join().unwrap().unwrap();
+    assert_eq!(usage.inodes, 2 * DEEP as u64 + 1);
+    assert!(open < 40, "{open} directories open at a time");
+    assert_eq!(fs::read_dir(&place.volume).unwrap().count(), 0);
 }
 
 #[test]
@@ -286,10 +291,18 @@ fn blocks_are_counted_once_and_nothing_outside_is() {
 /// Runs `work` again and again while somebody swaps a directory of the volume, with
 /// what is in it, for a link to the host's.
 fn while_swapped(place: &Place, mut work: impl FnMut()) -> u32 {
+    /// Ends the swapping, also when an assertion fails.
+    struct Over<'a>(&'a AtomicBool);
+    impl Drop for Over<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
     let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let (volume, host) = (&place.volume, place.host());
         let over = &over;
+        let _ended = Over(over);
         scope.spawn(move || {
             let link = volume.join("link");
             symlink(host, &link).unwrap();
@@ -317,7 +330,6 @@ fn while_swapped(place: &Place, mut work: impl FnMut()) -> u32 {
             work();
             times += 1;
         }
-        over.store(true, Ordering::Relaxed);
         times
     })
 }
@@ -401,4 +413,42 @@ fn a_mode_reaches_the_kernel_whole() {
     let mode: RawMode = fs::metadata(place.volume.join("d")).unwrap().mode();
     assert_eq!(mode & 0o7777, 0o2777);
     assert!(place.beside.path().exists());
+}
+
+#[test]
+fn what_is_mounted_in_a_tree_is_neither_measured_nor_removed() {
+    use nix::{
+        mount::{MntFlags, MsFlags, mount, umount2},
+        sched::{CloneFlags, unshare},
+    };
+    if !geteuid().is_root() {
+        eprintln!("mounting takes root: not shown");
+        return;
+    }
+    let place = place();
+    let at = place.volume.join("tree/a/b");
+    fs::create_dir_all(&at).unwrap();
+    fs::create_dir_all(place.volume.join("tree/c")).unwrap();
+    // A thread of its own: its mounts are nobody else's.
+    std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let none = None::<&str>;
+        mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
+        // Of the same file system, so that nothing but the mount tells them apart.
+        mount(Some(place.host()), &at, none, MsFlags::MS_BIND, none).unwrap();
+        assert_eq!(
+            measured(&place.volume.join("tree")).inodes,
+            3,
+            "the tree, a and c"
+        );
+        let error = place.removed("tree").unwrap_err();
+        assert!(place.secret.exists(), "{error}");
+        place.host_is_untouched();
+        assert!(!place.volume.join("tree/c").exists(), "the rest goes");
+        umount2(&at, MntFlags::MNT_DETACH).unwrap();
+        place.removed("tree").unwrap();
+        place.host_is_untouched();
+    })
+    .join()
+    .unwrap();
 }
