@@ -19,6 +19,7 @@ use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     net::Ipv4Addr,
     sync::Arc,
+    time::Duration,
 };
 
 use ipnet::Ipv4Net;
@@ -69,6 +70,7 @@ struct Admitted {
 pub struct Admission {
     capacity: Resources,
     draining: bool,
+    cordoned: bool,
     addresses: Addresses,
     /// The tenants there are, with the addresses of their routers.
     routers: BTreeMap<TenantId, Ipv4Addr>,
@@ -156,6 +158,7 @@ impl Admission {
         Self {
             capacity,
             draining: false,
+            cordoned: false,
             addresses: Addresses::of(range),
             routers: BTreeMap::new(),
             here: HashMap::new(),
@@ -199,6 +202,26 @@ impl Admission {
     /// From now on no new sandbox is taken; those that are here stay.
     pub fn drain(&mut self) {
         self.draining = true;
+    }
+
+    /// The same, until it is taken back. True: that is news.
+    pub fn cordon(&mut self, cordoned: bool) -> bool {
+        std::mem::replace(&mut self.cordoned, cordoned) != cordoned
+    }
+
+    /// The pod's own grace of a sandbox that is here; none if its spec is lost.
+    pub fn grace(&self, key: &SandboxKey) -> Duration {
+        self.here
+            .get(&key.pod)
+            .and_then(|attempts| attempts.get(&key.attempt)?.spec.as_ref())
+            .map(|spec| spec.termination_grace)
+            .unwrap_or_default()
+    }
+
+    /// Whether an attempt was here, or a later one, and has ended.
+    pub fn fenced(&self, tenant: &TenantId, key: &SandboxKey) -> bool {
+        let ended = self.fences.of(tenant, &key.pod);
+        ended.is_some_and(|ended| key.attempt <= ended)
     }
 
     /// The address of the tenant's router: the tenant may have pods here from now on.
@@ -273,7 +296,7 @@ impl Admission {
                 self.free(),
             ));
         }
-        if self.draining {
+        if self.draining || self.cordoned {
             return Err(refuse(
                 RefusalReason::Draining,
                 "the host takes no new sandboxes".into(),

@@ -3,6 +3,7 @@
 //! as they are.
 
 use std::{
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -26,11 +27,12 @@ use crate::{
     admission::Admission,
     attachment::Mesh,
     board::Board,
+    cell::{self, Claims, Station, claims::Index},
     cgroup::{CgroupError, Cgroups},
     cni::{self, Desk, ListenError},
     config::Config,
     cri::{CriError, Runtime, events, wire::CgroupDriver},
-    host::Host,
+    host::{Host, Terms},
     housekeeping,
     image::{Images, egress},
     layout::Layout,
@@ -39,7 +41,7 @@ use crate::{
     network::{self, Network, NetworkError},
     policy::bounds::InvalidBounds,
     sandbox::{clock::Clock, perform::Workshop},
-    service::{Calls, Facts, MAX_MESSAGE, Service, tls},
+    service::{Calls, Facts, MAX_MESSAGE, Service, goarch, tls},
 };
 
 /// How long calls may go on once the agent is told to stop.
@@ -200,6 +202,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     // runtime asks of us.
     tokio::spawn(cni::serve(cni, desk));
     let generation = contents.generation;
+    let claims = match &config.cell {
+        Some(_) => Claims::Needed(Index::new(config.name.clone())),
+        None => Claims::Unneeded,
+    };
+    let cell_dir = shop.layout.cell();
     let host = Host::adopt(
         shop,
         board.clone(),
@@ -207,7 +214,10 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         contents,
         network,
         Admission::new(room.allocatable, config.pod_range),
-        config.policy.privilege.clone(),
+        Terms {
+            privilege: config.policy.privilege.clone(),
+            claims: claims.clone(),
+        },
     )
     .await
     .map_err(AgentError::Adopt)?;
@@ -222,14 +232,20 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     tokio::spawn(host.clone().keep_room());
     tokio::spawn(housekeeping::collect_images(host.clone()));
     tokio::spawn(metrics::serve(metrics_listener, registry, host.clone()));
+    let facts = facts(runtime_version);
+    if let (Some(settings), Claims::Needed(index)) = (config.cell, claims) {
+        let agent = SocketAddr::new(config.address, config.listen.port());
+        let station = Station::detect(&facts, goarch());
+        cell::start(settings, cell_dir, host.clone(), index, agent, station, &shutdown);
+    }
     let credentials = tls::follow(config.tls.clone(), credentials);
     tokio::spawn(renew_towards_control_planes(host.clone(), credentials.clone()));
     let callers = config.policy.bounds.callers();
     let doorway = tls::Doorway::new(callers, &shown);
     let calls = Calls::new(callers, &shown);
     let callers = tls::accept(listener, config.tls.trust_domain.clone(), credentials, doorway);
-    let service = PoolAgentServer::new(Service::new(host.clone(), facts(runtime_version), calls))
-        .max_decoding_message_size(MAX_MESSAGE);
+    let service =
+        PoolAgentServer::new(Service::new(host.clone(), facts, calls)).max_decoding_message_size(MAX_MESSAGE);
     tracing::info!(
         host = %config.name, listen = %config.listen, generation,
         capacity = ?room.capacity, allocatable = ?room.allocatable, "the agent serves"

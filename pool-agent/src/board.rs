@@ -12,7 +12,10 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use pool_agent_api::{SandboxKey, SandboxStatus, TenantId, status::PodEvent};
+use pool_agent_api::{
+    SandboxKey, SandboxStatus, TenantId,
+    status::{Notice, PodEvent},
+};
 use tokio::sync::{broadcast, watch};
 
 /// Forgotten sandboxes that are remembered for readers, a tenant.
@@ -55,6 +58,8 @@ struct Pages {
 #[derive(Debug)]
 struct Page {
     statuses: BTreeMap<SandboxKey, (u64, Arc<SandboxStatus>)>,
+    /// Of the sandboxes that hang here.
+    notices: BTreeMap<SandboxKey, Notice>,
     forgotten: VecDeque<(u64, SandboxKey)>,
     /// The newest position dropped from `forgotten`.
     horizon: u64,
@@ -65,6 +70,7 @@ impl Default for Page {
     fn default() -> Self {
         Self {
             statuses: BTreeMap::new(),
+            notices: BTreeMap::new(),
             forgotten: VecDeque::new(),
             horizon: 0,
             events: broadcast::channel(EVENTS).0,
@@ -90,6 +96,7 @@ impl Board {
         let mut pages = self.pages();
         let position = pages.position + 1;
         let page = pages.tenants.entry(tenant.clone()).or_default();
+        status.notice = page.notices.get(&status.key).cloned();
         match page.statuses.get(&status.key) {
             Some((_, known)) => {
                 status.revision = known.revision;
@@ -107,10 +114,26 @@ impl Board {
         self.inner.newest.send_replace(position);
     }
 
+    /// Adds to a sandbox's status, now and from now on, that it has to end.
+    pub fn give_notice(&self, tenant: &TenantId, key: &SandboxKey, notice: Notice) {
+        let status = {
+            let mut pages = self.pages();
+            let page = pages.tenants.entry(tenant.clone()).or_default();
+            let Some((_, status)) = page.statuses.get(key) else {
+                return;
+            };
+            let status = (**status).clone();
+            page.notices.insert(key.clone(), notice);
+            status
+        };
+        self.publish(tenant, status);
+    }
+
     pub fn forget(&self, tenant: &TenantId, key: &SandboxKey) {
         let mut pages = self.pages();
         let position = pages.position + 1;
         let page = pages.tenants.entry(tenant.clone()).or_default();
+        page.notices.remove(key);
         if page.statuses.remove(key).is_none() {
             return;
         }

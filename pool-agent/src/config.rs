@@ -3,13 +3,14 @@
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use ipnet::Ipv4Net;
 use pool_agent_api::{HostName, Resources};
 use serde::Deserialize;
 
-use crate::policy::Policy;
+use crate::{cell, policy::Policy};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -53,6 +54,8 @@ pub struct Config {
     pub capacity: Resources,
     /// What the host's operator allows.
     pub policy: Policy,
+    /// The pool's cell; None: whatever a virtual node asks for has a claim.
+    pub cell: Option<cell::Settings>,
 }
 
 /// The pool's PKI, as PEM files.
@@ -83,6 +86,75 @@ struct File {
     capacity: Option<Capacity>,
     #[serde(default)]
     policy: Policy,
+    cell: Option<Cell>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Cell {
+    bootstrap_kubeconfig: PathBuf,
+    zone: Option<String>,
+    region: Option<String>,
+    class: Option<String>,
+    provider_id: Option<String>,
+    #[serde(default)]
+    taints: Vec<Taint>,
+    lease_seconds: Option<u64>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Taint {
+    key: String,
+    effect: String,
+}
+
+/// As a kubelet's: four renewals in it.
+const DEFAULT_LEASE: u64 = 40;
+
+impl Cell {
+    fn checked(self) -> Result<cell::Settings, String> {
+        if !self.bootstrap_kubeconfig.is_absolute() {
+            return Err("cell.bootstrap_kubeconfig: must be an absolute path".into());
+        }
+        let label = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+        for (field, value) in [
+            ("zone", &self.zone),
+            ("region", &self.region),
+            ("class", &self.class),
+        ] {
+            if let Some(value) = value
+                && (value.is_empty() || value.len() > 63 || !value.chars().all(label))
+            {
+                return Err(format!("cell.{field}: must be a label's value"));
+            }
+        }
+        let mut taints = vec![];
+        for (i, taint) in self.taints.into_iter().enumerate() {
+            if taint.key.is_empty() {
+                return Err(format!("cell.taints[{i}].key: must not be empty"));
+            }
+            if !["NoSchedule", "PreferNoSchedule", "NoExecute"].contains(&taint.effect.as_str()) {
+                return Err(format!(
+                    "cell.taints[{i}].effect: must be NoSchedule, PreferNoSchedule or NoExecute"
+                ));
+            }
+            taints.push((taint.key, taint.effect));
+        }
+        let lease = self.lease_seconds.unwrap_or(DEFAULT_LEASE);
+        if !(4..=3600).contains(&lease) {
+            return Err("cell.lease_seconds: must be 4 to 3600".into());
+        }
+        Ok(cell::Settings {
+            bootstrap_kubeconfig: self.bootstrap_kubeconfig,
+            zone: self.zone,
+            region: self.region,
+            class: self.class,
+            provider_id: self.provider_id.filter(|id| !id.is_empty()),
+            taints,
+            lease: Duration::from_secs(lease),
+        })
+    }
 }
 
 #[derive(Deserialize)]
@@ -159,6 +231,7 @@ impl Config {
                 }
             },
         );
+        let cell = file.cell.map(Cell::checked).transpose().map_err(invalid)?;
         Ok(Self {
             name,
             address: file.address,
@@ -174,6 +247,7 @@ impl Config {
             tls: file.tls,
             capacity,
             policy: file.policy,
+            cell,
         })
     }
 }
@@ -290,5 +364,26 @@ mod tests {
             assert!(error.contains(says), "{error}");
         }
         assert!(parse(&FILE.replace("uplink", "uplnk")).is_err());
+    }
+
+    #[test]
+    fn a_host_is_in_a_cell_only_if_the_file_says_so_and_says_it_well() {
+        assert!(parse(FILE).unwrap().cell.is_none());
+        let cell = |text: &str| parse(&format!("{FILE}\n[cell]\nbootstrap_kubeconfig = \"/b\"\n{text}"));
+        let settings = cell("zone = \"z1\"").unwrap().cell.unwrap();
+        assert_eq!(settings.lease, Duration::from_secs(40));
+        assert_eq!(settings.zone.as_deref(), Some("z1"));
+        for (text, says) in [
+            ("class = \"a b\"", "cell.class"),
+            ("lease_seconds = 1", "cell.lease_seconds"),
+            (
+                "taints = [{ key = \"a\", effect = \"Never\" }]",
+                "cell.taints[0].effect",
+            ),
+        ] {
+            let error = cell(text).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+        assert!(cell("zoen = \"z1\"").is_err());
     }
 }

@@ -29,7 +29,7 @@ use mesh_runtime::{
 use pool_agent_api::{
     Refusal, RefusalReason, Resources, SandboxKey, SandboxSpec, Tenant, TenantId,
     spec::{MeshMode, Volume},
-    status::MeshState,
+    status::{MeshState, Notice},
 };
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::Instrument;
@@ -41,6 +41,7 @@ use crate::{
     allowance::Allowance,
     board::Board,
     causes::described,
+    cell::{Claims, Standing, Unclaimed},
     cri::{
         config::Qos,
         events::{Believers, Sign},
@@ -90,6 +91,8 @@ pub enum StartError {
     Spec(#[from] SpecFileError),
     #[error("recording the sandbox")]
     Ledger(#[from] LedgerError),
+    #[error(transparent)]
+    Unclaimed(Unclaimed),
     #[error("the request that admitted the sandbox failed")]
     OtherFailed,
 }
@@ -108,6 +111,12 @@ pub struct Host {
     inner: Arc<Inner>,
 }
 
+/// What a sandbox has to satisfy beside there being room for it.
+pub struct Terms {
+    pub privilege: Privilege,
+    pub claims: Claims,
+}
+
 struct Inner {
     shop: Arc<Workshop>,
     board: Board,
@@ -115,6 +124,7 @@ struct Inner {
     network: Network,
     abilities: HostAbilities,
     privilege: Privilege,
+    claims: Claims,
     state: Mutex<State>,
     /// Held while a tenant is configured, so that this happens once at a time.
     configuring: tokio::sync::Mutex<()>,
@@ -238,6 +248,61 @@ impl Host {
         self.state().admission.drain();
     }
 
+    /// Whether the host takes no new sandboxes for now, by its cell's word.
+    pub fn cordon(&self, cordoned: bool) {
+        if self.state().admission.cordon(cordoned) {
+            tracing::info!(
+                cordoned,
+                "the cell has said whether this host takes new sandboxes"
+            );
+        }
+    }
+
+    // ---- what the cell asks
+
+    /// Every sandbox that is recorded here.
+    pub fn residents(&self) -> Vec<(TenantId, SandboxKey)> {
+        let state = self.state();
+        let of = |(key, resident): (&SandboxKey, &Resident)| (resident.tenant.clone(), key.clone());
+        state.residents.iter().map(of).collect()
+    }
+
+    pub fn standing(&self, tenant: &TenantId, key: &SandboxKey) -> Standing {
+        let state = self.state();
+        if state.residents.get(key).is_some_and(|r| r.tenant == *tenant) {
+            Standing::Here {
+                status: self.inner.board.status(tenant, key),
+                grace: state.admission.grace(key),
+            }
+        } else if state.admission.fenced(tenant, key) {
+            Standing::Ended
+        } else {
+            Standing::Absent
+        }
+    }
+
+    /// Tells a sandbox's virtual node that it has to end.
+    pub fn give_notice(&self, tenant: &TenantId, key: &SandboxKey, notice: Notice) {
+        self.inner.board.give_notice(tenant, key, notice);
+    }
+
+    /// Settled claims are refused or pass; of a sandbox that is here nothing is asked again.
+    async fn claimed(&self, spec: &SandboxSpec) -> Result<(), StartError> {
+        if self.state().residents.contains_key(&spec.key) {
+            return Ok(());
+        }
+        match self.inner.claims.check(spec).await {
+            Ok(()) => Ok(()),
+            Err(Unclaimed::Refused { reason, message }) => Err(Refusal {
+                reason,
+                message,
+                free: self.free(),
+            }
+            .into()),
+            Err(unsettled) => Err(StartError::Unclaimed(unsettled)),
+        }
+    }
+
     // ---- tenants
 
     pub async fn configure_tenant(&self, tenant: Tenant) -> Result<(), TenantError> {
@@ -317,6 +382,7 @@ impl Host {
                 free: self.free(),
             })
         });
+        self.claimed(&spec).await?;
         let slimmed = Arc::new(slim(spec.clone()));
         let accepted_at = self.inner.shop.clock.now();
         let Newcomer {

@@ -2,6 +2,7 @@
 //! file names (pool-agent-api says so), so no path here can be led elsewhere.
 //!
 //! ```text
+//! state_dir/cell/                         this host's identity in the cell (0600)
 //! state_dir/ledger                        what was admitted and what ended
 //! state_dir/images/                       who may use which image
 //! state_dir/sandboxes/<uid>-<attempt>/    logs/<container>/<restart>.log, volumes/<name>
@@ -39,6 +40,10 @@ impl Layout {
 
     pub fn images(&self) -> PathBuf {
         self.state.join("images")
+    }
+
+    pub fn cell(&self) -> PathBuf {
+        self.state.join("cell")
     }
 
     pub fn router(&self, tenant: &TenantId) -> PathBuf {

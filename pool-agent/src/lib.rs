@@ -27,6 +27,7 @@ pub mod allowance;
 pub mod attachment;
 pub mod board;
 mod causes;
+pub mod cell;
 pub mod cgroup;
 pub mod cni;
 pub mod config;

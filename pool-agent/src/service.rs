@@ -287,7 +287,7 @@ impl PoolAgent for Service {
 }
 
 /// Go's name for the architecture, which Kubernetes uses.
-fn goarch() -> &'static str {
+pub fn goarch() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",

@@ -8,7 +8,7 @@ use k8s_openapi::{
     api::core::v1::{ContainerImage, Node, NodeAddress, NodeSpec, NodeStatus, NodeSystemInfo, Taint},
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
-use pool_agent_api::{HostName, Resources};
+use pool_agent_api::{HostName, Pressure, Resources};
 use serde_json::{Map, Value, json};
 
 use crate::{
@@ -44,14 +44,6 @@ pub struct HostNode {
     pub pressure: Pressure,
     pub facts: NodeFacts,
     pub images: Vec<HostImage>,
-}
-
-/// What is short on a host.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Pressure {
-    pub memory: bool,
-    pub disk: bool,
-    pub pids: bool,
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

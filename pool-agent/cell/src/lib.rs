@@ -19,4 +19,4 @@ pub mod patch;
 pub mod quantity;
 
 pub use claim::{Claim, ClaimParts, ClaimPhase, ClaimStatus, NotAClaim, OwnerUid, Placed};
-pub use host::{HostNode, HostRecord, NodeFacts, Pressure};
+pub use host::{HostNode, HostRecord, NodeFacts};

@@ -96,3 +96,39 @@ fn a_reader_that_missed_too_much_is_told_to_begin_again() {
     assert!(matches!(reader.take(), Err(FellBehind)));
     assert!(board.reader(Some(tenant)).take().is_ok());
 }
+
+#[test]
+fn a_notice_stays_on_a_status_until_the_sandbox_is_forgotten() {
+    let board = Board::new(1);
+    let tenant: TenantId = "demo".parse().unwrap();
+    let running = status("a", SandboxState::Running);
+    let key = running.key.clone();
+    let notice = Notice {
+        reason: "ClaimDeleted".into(),
+        deadline: Timestamp::UNIX_EPOCH,
+    };
+    board.give_notice(&tenant, &key, notice.clone());
+    assert!(
+        board.status(&tenant, &key).is_none(),
+        "of a sandbox that is not here"
+    );
+    board.publish(&tenant, running.clone());
+    board.give_notice(&tenant, &key, notice.clone());
+    let seen = board.status(&tenant, &key).unwrap();
+    assert_eq!(
+        (seen.notice.as_ref(), seen.state),
+        (Some(&notice), SandboxState::Running)
+    );
+    let revision = seen.revision;
+    board.give_notice(&tenant, &key, notice.clone());
+    assert_eq!(
+        board.status(&tenant, &key).unwrap().revision,
+        revision,
+        "it was told before"
+    );
+    board.publish(&tenant, status("a", SandboxState::Stopping));
+    assert_eq!(board.status(&tenant, &key).unwrap().notice, Some(notice));
+    board.forget(&tenant, &key);
+    board.publish(&tenant, running);
+    assert_eq!(board.status(&tenant, &key).unwrap().notice, None);
+}

@@ -25,7 +25,7 @@ use prost::Message;
 use tokio::sync::watch;
 use tracing::Instrument;
 
-use super::{Ends, Host, Inner, Resident, State, abilities::HostAbilities, resident};
+use super::{Ends, Host, Inner, Resident, State, Terms, abilities::HostAbilities, resident};
 use crate::{
     admission::{Admission, slim},
     board::Board,
@@ -36,7 +36,6 @@ use crate::{
     layout::{Layout, SandboxDirs},
     ledger::{Contents, Entry, Ledger},
     network::Network,
-    policy::privilege::Privilege,
     sandbox::{
         Lifecycle,
         driver::{Command, Progress},
@@ -93,7 +92,7 @@ impl Host {
         contents: Contents,
         network: Network,
         mut admission: Admission,
-        privilege: Privilege,
+        terms: Terms,
     ) -> Result<Self, CriError> {
         let abilities = HostAbilities::detect(shop.runtime.features().await?, &shop.layout);
         let mut there = everything(&shop).await?;
@@ -110,7 +109,7 @@ impl Host {
         for (tenant, key) in &contents.ended {
             admission.fence(tenant, key);
         }
-        let user_ids = IdRanges::new(privilege.user_ids);
+        let user_ids = IdRanges::new(terms.privilege.user_ids);
         let host = Self {
             inner: Arc::new(Inner {
                 shop,
@@ -118,7 +117,8 @@ impl Host {
                 ledger,
                 network,
                 abilities,
-                privilege,
+                privilege: terms.privilege,
+                claims: terms.claims,
                 state: Mutex::new(State {
                     admission,
                     user_ids,

@@ -1,0 +1,174 @@
+//! One look at all requests and at the tokens that were used.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use k8s_openapi::{
+    api::{
+        certificates::v1::CertificateSigningRequest,
+        core::v1::{Node, Secret},
+    },
+    apimachinery::pkg::apis::meta::v1::Time,
+};
+use kube::{
+    Api, Client, Error, ResourceExt,
+    api::{DeleteParams, ListParams, Patch, PatchParams, Preconditions},
+};
+use pool_cell::names;
+use serde_json::json;
+
+use crate::rule::{self, Asked, Asker, Verdict};
+
+const TOKENS: &str = "kube-system";
+/// A request that is lost with its connection would be waited for until TCP gives up.
+const TIMEOUT: Duration = Duration::from_secs(15);
+
+async fn answered<T>(request: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    match tokio::time::timeout(TIMEOUT, request).await {
+        Ok(answer) => answer,
+        Err(elapsed) => Err(Error::Service(elapsed.into())),
+    }
+}
+
+/// Somebody else was faster: the next round sees what came of it.
+fn outrun(error: &Error) -> bool {
+    matches!(error, Error::Api(status) if matches!(status.code, 404 | 409))
+}
+
+pub async fn round(client: &Client) -> Result<(), Error> {
+    let api: Api<CertificateSigningRequest> = Api::all(client.clone());
+    let ours = ListParams::default().fields(&format!("spec.signerName={}", names::CLIENT_SIGNER));
+    let requests = answered(api.list(&ours)).await?.items;
+    for request in &requests {
+        if let Some(asked) = rule::asked(request)
+            && let Err(error) = decide(client, &api, request, asked).await
+        {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(
+                request = request.name_any(),
+                error,
+                "a request is not decided yet"
+            );
+        }
+    }
+    sweep(client, &requests).await
+}
+
+async fn decide(
+    client: &Client,
+    api: &Api<CertificateSigningRequest>,
+    request: &CertificateSigningRequest,
+    asked: Result<Asked, rule::Denial>,
+) -> Result<(), Error> {
+    let asked = match asked {
+        Ok(asked) => asked,
+        Err(denial) => return deny(api, request, &denial).await,
+    };
+    let nodes: Api<Node> = Api::all(client.clone());
+    let node = answered(nodes.get_opt(asked.host.as_str())).await?;
+    let tokens: Api<Secret> = Api::namespaced(client.clone(), TOKENS);
+    let token = match &asked.asker {
+        Asker::Token(id) => answered(tokens.get_opt(&format!("bootstrap-token-{id}"))).await?,
+        Asker::Host(_) => None,
+    };
+    let mut verdict = rule::verdict(&asked, token.as_ref(), node.as_ref());
+    if verdict == Verdict::Mark
+        && let Some(token) = &token
+    {
+        let patch = json!({"metadata": {
+            // As it was read: of two requests at once one is marked.
+            "resourceVersion": token.metadata.resource_version,
+            "annotations": { names::USED_BY: asked.uid },
+        }});
+        let (name, parameters, patch) = (token.name_any(), PatchParams::default(), Patch::Merge(patch));
+        let marked = match answered(tokens.patch(&name, &parameters, &patch)).await {
+            Err(error) if outrun(&error) => return Ok(()),
+            other => other?,
+        };
+        tracing::info!(host = %asked.host, "a host's token is used");
+        verdict = rule::verdict(&asked, Some(&marked), node.as_ref());
+    }
+    match verdict {
+        Verdict::Approve => {
+            tracing::info!(host = %asked.host, request = request.name_any(), "a host's certificate is approved");
+            let message = match asked.asker {
+                Asker::Token(_) => "its token names this host",
+                Asker::Host(_) => "the host asks for itself",
+            };
+            conclude(api, request, "Approved", "SpindriftHost", message).await
+        }
+        Verdict::Deny(denial) => deny(api, request, &denial).await,
+        Verdict::Mark => Ok(()),
+    }
+}
+
+async fn deny(
+    api: &Api<CertificateSigningRequest>,
+    request: &CertificateSigningRequest,
+    denial: &rule::Denial,
+) -> Result<(), Error> {
+    tracing::warn!(
+        request = request.name_any(),
+        user = request.spec.username,
+        reason = denial.reason(),
+        "a request is denied"
+    );
+    conclude(api, request, "Denied", denial.reason(), &denial.to_string()).await
+}
+
+async fn conclude(
+    api: &Api<CertificateSigningRequest>,
+    request: &CertificateSigningRequest,
+    verdict: &str,
+    reason: &str,
+    message: &str,
+) -> Result<(), Error> {
+    let patch = json!({
+        "metadata": { "resourceVersion": request.metadata.resource_version },
+        "status": { "conditions": [{
+            "type": verdict,
+            "status": "True",
+            "reason": reason,
+            "message": message,
+            "lastUpdateTime": Time(Timestamp::now()),
+        }]},
+    });
+    let (name, parameters, patch) = (request.name_any(), PatchParams::default(), Patch::Merge(patch));
+    match answered(api.patch_approval(&name, &parameters, &patch)).await {
+        Err(error) if outrun(&error) => Ok(()),
+        other => other.map(drop),
+    }
+}
+
+/// Removes the tokens that are used up.
+async fn sweep(client: &Client, requests: &[CertificateSigningRequest]) -> Result<(), Error> {
+    let tokens: Api<Secret> = Api::namespaced(client.clone(), TOKENS);
+    let nodes: Api<Node> = Api::all(client.clone());
+    let of_tokens = ListParams::default().fields("type=bootstrap.kubernetes.io/token");
+    for token in answered(tokens.list(&of_tokens)).await?.items {
+        let (Some(host), Some(uid)) = (
+            rule::annotation(&token, names::HOST),
+            rule::annotation(&token, names::USED_BY),
+        ) else {
+            continue;
+        };
+        let node = answered(nodes.get_opt(host)).await?;
+        let request = requests.iter().find(|r| r.metadata.uid.as_deref() == Some(uid));
+        if !rule::spent(request, node.as_ref(), Timestamp::now()) {
+            continue;
+        }
+        let parameters = DeleteParams {
+            preconditions: Some(Preconditions {
+                uid: token.metadata.uid.clone(),
+                resource_version: None,
+            }),
+            ..DeleteParams::default()
+        };
+        match answered(tokens.delete(&token.name_any(), &parameters)).await {
+            Ok(_) => tracing::info!(host, "a used token is removed"),
+            Err(error) if outrun(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
