@@ -32,6 +32,9 @@ pub struct Settings {
     /// Leave the lab as it is at the end, and use the one that is there.
     #[arg(long, env = "SPINDRIFT_TEST_KEEP")]
     keep: bool,
+    /// The pool has a cluster of its own, in which hosts are claimed.
+    #[arg(long, env = "SPINDRIFT_TEST_CELL")]
+    cell: bool,
     #[arg(long, env = "SPINDRIFT_CACHE")]
     cache: Option<PathBuf>,
     #[arg(long, env = "XDG_CACHE_HOME")]
@@ -43,6 +46,10 @@ pub struct Settings {
 impl Settings {
     pub fn from_environment() -> Self {
         Self::parse_from(std::iter::empty::<&str>())
+    }
+
+    pub fn cell(&self) -> bool {
+        self.cell
     }
 
     fn cache(&self) -> PathBuf {
@@ -122,6 +129,7 @@ impl Stage {
         }
         let options = Options {
             registry: true,
+            cell: self.settings.cell,
             ..Options::for_tests(self.settings.instance.clone(), self.settings.cache())
         };
         let lab = Lab::up(&options, &progress).await?;

@@ -3,7 +3,8 @@
 //!
 //! A test is an `async fn(&Scope) -> Result`, named by the sentence it holds,
 //! and listed in its module's `tests()`. All share one lab; those that kill
-//! things run alone. `SPINDRIFT_TEST_KEEP=true` leaves the lab for the next run
+//! things run alone. `SPINDRIFT_TEST_CELL=true` gives the lab's pool a cell: the same
+//! tests hold, and some of its own. `SPINDRIFT_TEST_KEEP=true` leaves the lab for the next run
 //! and for a person to look at.
 
 // Where a test has to end with a failure, it may do so in a word.
@@ -11,6 +12,7 @@
 
 mod e2e {
     pub(crate) mod attacks;
+    pub(crate) mod cell;
     pub(crate) mod faults;
     pub(crate) mod hostile;
     pub(crate) mod kubelet;
@@ -25,8 +27,10 @@ mod e2e {
 use std::process::ExitCode;
 
 use e2e::suite;
+use spindrift_tests::stage::Settings;
 
 fn main() -> ExitCode {
+    let settings = Settings::from_environment();
     let modules = [
         e2e::node::tests(),
         e2e::pods::tests(),
@@ -35,8 +39,13 @@ fn main() -> ExitCode {
         e2e::mesh::tests(),
         e2e::hostile::tests(),
         e2e::attacks::tests(),
+        if settings.cell() {
+            e2e::cell::tests()
+        } else {
+            vec![]
+        },
         e2e::faults::tests(),
         suite::tests(),
     ];
-    suite::run(modules.into_iter().flatten().collect())
+    suite::run(settings, modules.into_iter().flatten().collect())
 }

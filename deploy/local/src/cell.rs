@@ -22,6 +22,9 @@ const CELL: &str = include_str!("../../cell/cell.yaml");
 const TENANT: &str = include_str!("../../cell/tenant.yaml");
 const HOST_TOKEN: &str = include_str!("../../cell/host-token.yaml");
 
+/// The program that lets hosts in, and its user.
+pub const CONTROLLER: &str = "cell-controller";
+
 /// The PriorityClass of the lab's claims.
 pub const TIER: &str = "spindrift-standard";
 

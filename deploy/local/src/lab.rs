@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     artifacts::{self, ArtifactError, Profile, Spindrift},
     cache::{self, Cache},
-    cell::{Cell, CellError},
+    cell::{self, Cell, CellError},
     cluster::{self, Cluster, ClusterError},
     component::{Component, ComponentError, Ready},
     containerd::{self, ContainerdError, Runtime},
@@ -221,7 +221,7 @@ impl Lab {
             Some(port) => Some(site.make_cell(&devcluster, port).await?),
             None => None,
         };
-        let hosts = site.start_hosts(&runtimes, &images, options.extent);
+        let hosts = site.start_hosts(&runtimes, &images, options.extent, cell.as_ref());
         let ((cluster, endpoint, address), ()) = match &record.cluster {
             ClusterSource::Made => tokio::try_join!(site.make_cluster(&devcluster), hosts)?,
             ClusterSource::Joined {
@@ -230,7 +230,8 @@ impl Lab {
             } => tokio::try_join!(site.reach_cluster(kubeconfig, *node_address), hosts)?,
         };
         if options.extent == Extent::Whole {
-            site.start_node(&cluster, &endpoint, address).await?;
+            site.start_node(&cluster, &endpoint, address, cell.as_ref())
+                .await?;
         }
         supervisor::component(&layout, &programs)?
             .start(&layout, START)
@@ -395,6 +396,14 @@ impl Site<'_> {
             .await?;
         step.note("what the pool needs in it");
         let cell = Cell::furnish(self.layout, cluster, inside).await?;
+        step.note("who lets hosts in");
+        let kubeconfig = cell.kubeconfig(cell::CONTROLLER).await?;
+        Component::new(cell::CONTROLLER, self.programs.program(cell::CONTROLLER)?)
+            .within(&self.topology.lab)
+            .path_flag("kubeconfig", &kubeconfig)
+            .input(kubeconfig)
+            .start(self.layout, START)
+            .await?;
         step.done();
         Ok(cell)
     }
@@ -499,6 +508,7 @@ impl Site<'_> {
         runtimes: &[Runtime],
         images: &Images,
         extent: Extent,
+        cell: Option<&Cell>,
     ) -> Result<(), LabError> {
         if extent < Extent::Runtimes {
             return Ok(());
@@ -510,12 +520,22 @@ impl Site<'_> {
             runtime.component(&plugin)?.start(self.layout, START).await?;
             runtime.import(images).await?;
             if extent == Extent::Whole {
-                let agent = pool::agent(self.layout, runtime, &pki, self.programs)?;
+                let token = match cell {
+                    Some(cell) => Some(cell.bootstrap_kubeconfig(&runtime.host().name).await?),
+                    None => None,
+                };
+                let agent = pool::agent(self.layout, runtime, &pki, self.programs, token)?;
                 agent.start(self.layout, START).await?;
             }
             Ok(())
         });
         futures::future::try_join_all(start).await?;
+        if let Some(cell) = cell.filter(|_| extent == Extent::Whole) {
+            step.note("waiting until each is a Node of the cell");
+            for runtime in runtimes {
+                cell.cluster().wait_node(&runtime.host().name, START).await?;
+            }
+        }
         step.done();
         Ok(())
     }
@@ -525,10 +545,20 @@ impl Site<'_> {
         cluster: &Cluster,
         endpoint: &Endpoint,
         address: Ipv4Addr,
+        cell: Option<&Cell>,
     ) -> Result<(), LabError> {
         let step = self
             .progress
             .step(format!("Start the virtual node {}", self.layout.node_name()));
+        let claims = match cell {
+            Some(cell) => {
+                step.note("its namespace in the cell");
+                // One tenant, named like the instance.
+                let tenant = self.layout.instance().as_str();
+                Some(cell.admit_tenant(tenant, &cell::QUOTA).await?)
+            }
+            None => None,
+        };
         step.note("certificates");
         let node = node::join(
             self.layout,
@@ -537,6 +567,7 @@ impl Site<'_> {
             endpoint,
             address,
             self.programs,
+            claims.as_deref(),
         )
         .await?;
         step.note("its process");

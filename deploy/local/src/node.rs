@@ -7,13 +7,14 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
 use serde::Serialize;
 
 use crate::{
     artifacts::{ArtifactError, Spindrift},
+    cell,
     cluster::{Cluster, ClusterError, SigningRequest},
     component::{Component, Ready},
     control_plane::{Endpoint, KubeconfigError, write_kubeconfig},
@@ -70,6 +71,15 @@ struct Config {
     node: Settings,
     mesh: Mesh,
     pool: Pool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cell: Option<Claims>,
+}
+
+/// Where it claims room for its pods.
+#[derive(Serialize)]
+struct Claims {
+    kubeconfig: PathBuf,
+    priority_class: &'static str,
 }
 
 /// What the node offers: less than its hosts have.
@@ -113,7 +123,8 @@ struct PoolHost {
 ///
 /// `cluster` is used as its administrator; `endpoint` is how the API server is
 /// reached from where the virtual node runs; `address` is what the Node says,
-/// where the API server will dial it.
+/// where the API server will dial it. `cell`: the kubeconfig with which it claims
+/// hosts; without one they are listed.
 pub async fn join(
     layout: &Layout,
     topology: &Topology,
@@ -121,6 +132,7 @@ pub async fn join(
     endpoint: &Endpoint,
     address: Ipv4Addr,
     programs: &Spindrift,
+    cell: Option<&Path>,
 ) -> Result<Component, NodeError> {
     let node = layout.node_name();
     let directory = layout.state().join(COMPONENT);
@@ -181,7 +193,8 @@ pub async fn join(
     write_kubeconfig(&kubeconfig, endpoint, &client)?;
     // One tenant, named like the instance.
     let tenant = layout.instance().as_str();
-    let hosts = topology.hosts.iter().map(|host| PoolHost {
+    let listed = topology.hosts.iter().filter(|_| cell.is_none());
+    let hosts = listed.map(|host| PoolHost {
         name: host.name.clone(),
         address: agent_address(host),
     });
@@ -220,9 +233,18 @@ pub async fn join(
             tls: PoolPki::open(layout)?.virtual_node(tenant)?,
             hosts: hosts.collect(),
         },
+        cell: cell.map(|kubeconfig| Claims {
+            kubeconfig: kubeconfig.to_owned(),
+            priority_class: cell::TIER,
+        }),
     };
     let path = write(directory.join("virtual-node.toml"), toml::to_string(&config)?)?;
-    Ok(Component::new(COMPONENT, programs.program("virtual-node")?)
+    let component = Component::new(COMPONENT, programs.program("virtual-node")?);
+    let component = match cell {
+        Some(kubeconfig) => component.input(kubeconfig),
+        None => component,
+    };
+    Ok(component
         .within(&topology.lab)
         .path_flag("config", &path)
         .input(path)

@@ -131,6 +131,8 @@ struct AgentConfig {
     pod_range: String,
     tls: PoolTls,
     policy: Policy,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cell: Option<Membership>,
 }
 
 /// What the lab's operator allows.
@@ -224,12 +226,19 @@ struct NetworkPolicy {
     allow: Vec<SocketAddr>,
 }
 
+/// How the host joins the cell.
+#[derive(Serialize)]
+struct Membership {
+    bootstrap_kubeconfig: PathBuf,
+}
+
 /// Prepares the host for its agent and tells what to run.
 pub fn agent(
     layout: &Layout,
     runtime: &Runtime,
     pki: &PoolPki,
     programs: &Spindrift,
+    bootstrap_kubeconfig: Option<PathBuf>,
 ) -> Result<Component, PoolError> {
     let host = runtime.host();
     let state = layout.host_state(&host.name);
@@ -247,6 +256,7 @@ pub fn agent(
         pod_range: host.pod_range.clone(),
         tls: pki.host(host)?,
         policy: Policy::of_lab(layout.host_cgroup(&host.name)),
+        cell: bootstrap_kubeconfig.map(|bootstrap_kubeconfig| Membership { bootstrap_kubeconfig }),
     };
     for directory in [&config.state_dir, &config.run_dir, &config.bpffs] {
         std::fs::create_dir_all(directory).map_err(|source| PoolError::File {

@@ -168,7 +168,7 @@ async fn virtual_node_killed_before_any_of_ten_pods_runs(scope: &Scope) -> anyho
     undisturbed(scope, &bystander).await
 }
 
-async fn virtual_node_killed_in_the_midst_of_ten_starts(scope: &Scope) -> anyhow::Result<()> {
+pub(crate) async fn virtual_node_killed_in_the_midst_of_ten_starts(scope: &Scope) -> anyhow::Result<()> {
     let bystander = bystander(scope).await?;
     let made = create_ten(scope).await?;
     running(scope, 4).await?;

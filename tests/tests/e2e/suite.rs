@@ -41,7 +41,7 @@ const AT_ONCE: usize = 4;
 /// No test has a reason to take longer. One that hangs does not hang the run.
 const LIMIT: Duration = Duration::from_secs(300);
 
-pub(crate) fn run(cases: Vec<Case>) -> ExitCode {
+pub(crate) fn run(settings: Settings, cases: Vec<Case>) -> ExitCode {
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(AT_ONCE);
     let runtime = match Runtime::new() {
@@ -51,7 +51,7 @@ pub(crate) fn run(cases: Vec<Case>) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let stage = Arc::new(Stage::new(Settings::from_environment()));
+    let stage = Arc::new(Stage::new(settings));
     clear_when_interrupted(&runtime, &stage);
     let trials = cases
         .into_iter()
