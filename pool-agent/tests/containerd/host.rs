@@ -102,7 +102,7 @@ impl Host {
             .await?;
         runtime.import(&images).await?;
         let pki = PoolPki::open(&layout)?;
-        pool::agent(&layout, &runtime, &pki, &programs)?
+        pool::agent(&layout, &runtime, &pki, &programs, None)?
             .start(&layout, START)
             .await?;
 
