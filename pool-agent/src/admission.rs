@@ -237,6 +237,11 @@ impl Admission {
         Ok(address)
     }
 
+    /// The address of the tenant's router, if it has one.
+    pub fn router(&self, tenant: &TenantId) -> Option<Ipv4Addr> {
+        self.routers.get(tenant).copied()
+    }
+
     /// An address that is not to be given: it is in the ledger.
     pub fn hold(&mut self, address: Ipv4Addr) {
         self.addresses.hold(address);

@@ -352,6 +352,11 @@ impl Host {
             .ledger
             .commit(vec![Record::Router(tenant.id.clone(), address)])
             .await?;
+        self.open_router(tenant, address).await
+    }
+
+    /// With an address that is on record.
+    async fn open_router(&self, tenant: &Tenant, address: Ipv4Addr) -> Result<OpenTenant, TenantError> {
         let router = self.inner.network.router(&tenant.id, address).await?;
         self.inner.shop.mesh.open_tenant(tenant, &router).await?;
         Ok(OpenTenant {

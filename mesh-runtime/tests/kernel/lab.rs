@@ -179,6 +179,11 @@ fn mac(bytes: [u8; 6]) -> String {
 }
 
 impl Lab {
+    /// What is pinned of a tenant, as `redirect::abi::SCHEMA` has it.
+    pub(crate) fn pins(&self, tenant: &str) -> std::path::PathBuf {
+        self.bpffs.path().join("v2").join(tenant)
+    }
+
     pub(crate) fn new() -> Self {
         assert!(
             nix::unistd::geteuid().is_root(),

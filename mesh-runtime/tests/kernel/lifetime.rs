@@ -241,7 +241,7 @@ async fn a_closed_router_leaves_nothing_pinned() {
     let (router, _proxy) = lab.open().await;
     let pod = lab.pod(2);
     router.attach(pod.enrolled()).await.unwrap();
-    let pins = lab.bpffs.path().join("v1/acme");
+    let pins = lab.pins("acme");
     assert!(pins.join("links/uplink-ingress").exists());
     router.close().await.unwrap();
     assert!(!pins.exists());
@@ -254,7 +254,7 @@ async fn a_pinned_map_of_another_shape_is_refused() {
     drop(router);
     proxy.die().await;
     // As an agent with other shapes under the same schema would have left it.
-    let maps = lab.bpffs.path().join("v1/acme/maps");
+    let maps = lab.pins("acme").join("maps");
     let map = maps.join("SETTINGS");
     std::fs::remove_file(&map).unwrap();
     std::fs::rename(maps.join("DROPS"), &map).unwrap();

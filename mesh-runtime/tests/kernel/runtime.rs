@@ -227,7 +227,7 @@ async fn a_tenant_is_closed_when_its_last_pod_is_gone() {
 
     runtime.detach(attachment.key(), Duration::ZERO).await;
     runtime.close_tenant(&acme()).await.unwrap();
-    assert!(!lab.bpffs.path().join("v1/acme").exists());
+    assert!(!lab.pins("acme").exists());
     runtime.close_tenant(&acme()).await.unwrap();
     // And opened anew.
     runtime

@@ -139,7 +139,15 @@ impl Host {
             let patience = ConstantBuilder::new()
                 .with_delay(AGAIN)
                 .with_max_times(OPEN_AGAIN);
-            let open = || host.open_tenant(tenant);
+            // Its address is on record already, unless the host's range is another now.
+            let address = host.state().admission.router(&tenant.id);
+            let (there, tenant) = (&host, tenant);
+            let open = || async move {
+                match address {
+                    Some(address) => there.open_router(tenant, address).await,
+                    None => there.open_tenant(tenant).await,
+                }
+            };
             match open.retry(patience).await {
                 Ok(opened) => {
                     if let Err(error) = opened.router.sweep(&keep).await {

@@ -268,7 +268,8 @@ async fn root_in_a_pod_changes_nothing_of_its_host(host: &Host) -> anyhow::Resul
         "echo h > /proc/sysrq-trigger",
         "echo -1000 > /proc/self/oom_score_adj",
         "echo 0 > /sys/kernel/mm/transparent_hugepage/enabled",
-        "mkdir /sys/fs/cgroup/taken",
+        // Version 1 has a directory of the pod's own above the hierarchies.
+        "if [ -e /sys/fs/cgroup/cgroup.procs ]; then mkdir /sys/fs/cgroup/taken; else mkdir /sys/fs/cgroup/memory/taken; fi",
         "ip link set eth0 down",
         "ip addr add 192.0.2.99/32 dev eth0",
         "chroot /proc/1/root true && nsenter -t 1 -m true",
