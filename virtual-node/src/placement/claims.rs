@@ -36,7 +36,7 @@ pub(super) enum Effect {
     /// Repeated until it is gone or being deleted.
     Delete(SandboxKey),
     /// Read the claim itself: the watch is no proof of absence. Answered by
-    /// [`Claims::looked`].
+    /// [`Claims::seen`] or [`Claims::looked_in_vain`].
     Look(SandboxKey),
     /// Read the pod of a claim that no driver has asked for. Answered by
     /// [`Claims::orphaned`] if it is gone.
