@@ -118,7 +118,7 @@ mod tests {
                 "policy.network.underlay[0]: 0.0.0.0/0 is everything",
             ),
             ("allow = [\"10.77.1.2:80\"]", "policy.network.allow: 10.77.1.2:80"),
-            ("allow = [\"192.0.2.1\"]", "invalid socket address"),
+            ("allow = [\"192.0.2.1\"]", "invalid IPv4 socket address"),
             ("alow = []", "unknown field"),
         ] {
             let error = off_limits(policy).unwrap_err();
