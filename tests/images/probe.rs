@@ -6,7 +6,6 @@
 //! probe dial FROM ADDRESS TEXT        one connection; FROM is an address or `-`
 //! probe storm ADDRESS TEXT PERIOD     a new connection every PERIOD ms, one line each, for ever
 //! probe hold ADDRESS TEXT PERIOD      one connection, TEXT echoed every PERIOD ms, until it breaks
-//! probe crowd ADDRESS COUNT            so many connections at once, idle, for ever; one line of how many stand
 //! probe frame DEVICE FROM ADDRESS udp|syn|ack|arp TEXT [MAC]   a raw frame by AF_PACKET
 //! probe bulk ADDRESS BYTES            so many bytes out and back at once, then half closed
 //! ```
@@ -34,7 +33,6 @@ fn main() -> ExitCode {
         ["dial", from, address, text] => dial(from, address, text),
         ["storm", address, text, period] => storm(address, text, period),
         ["hold", address, text, period] => hold(address, text, period),
-        ["crowd", address, count] => crowd(address, count),
         ["frame", device, from, to, kind, text, rest @ ..] => frame(device, from, to, kind, text, rest),
         ["bulk", address, bytes] => bulk(address, bytes),
         _ => Err(wrong("see the first lines of probe.rs")),
@@ -152,42 +150,6 @@ fn hold(address: &str, text: &str, period: &str) -> io::Result<()> {
         println!("{turn} ok");
     }
     Ok(())
-}
-
-/// Opens what it can and keeps it. A connection that was refused shows by its reset.
-fn crowd(address: &str, count: &str) -> io::Result<()> {
-    let count: usize = parse(count)?;
-    let mut connections = Vec::new();
-    let mut not_opened = 0;
-    for _ in 0..count {
-        match connect("-", address) {
-            Ok(connection) => connections.push(connection),
-            Err(_) => not_opened += 1,
-        }
-    }
-    for connection in &connections {
-        connection.set_nonblocking(true)?;
-    }
-    let standing = || {
-        let open = connections.iter().filter(|connection| {
-            matches!((&mut &**connection).read(&mut [0]), Err(e) if e.kind() == io::ErrorKind::WouldBlock)
-        });
-        open.count()
-    };
-    // Some are still on their way to being refused.
-    let mut stand = standing();
-    loop {
-        thread::sleep(Duration::from_secs(1));
-        let now = standing();
-        if now == stand {
-            break;
-        }
-        stand = now;
-    }
-    println!("crowd: {stand} stand, {} were refused, {not_opened} were not opened", connections.len() - stand);
-    loop {
-        thread::sleep(PATIENCE);
-    }
 }
 
 fn bulk(address: &str, bytes: &str) -> io::Result<()> {

@@ -793,16 +793,13 @@ async fn gateway_address(scope: &Scope, pair: &Pair) -> anyhow::Result<String> {
 
 /// How many packets a host's kernel has dropped, for whatever reason.
 async fn drops(scope: &Scope, host: &str) -> anyhow::Result<f64> {
-    metric(scope, host, "mesh_runtime_dropped_packets_total").await
-}
-
-/// The sum of a host's metrics whose lines start so.
-pub(crate) async fn metric(scope: &Scope, host: &str, start: &str) -> anyhow::Result<f64> {
     let namespace = Namespace::named(scope.lab().layout().namespace(host));
     let text = stranger::get_plain(&namespace, AGENT_METRICS, "/metrics")
         .await?
         .body;
-    let lines = text.lines().filter(|line| line.starts_with(start));
+    let lines = text
+        .lines()
+        .filter(|line| line.starts_with("mesh_runtime_dropped_packets_total"));
     Ok(lines
         .filter_map(|line| line.rsplit_once(' ')?.1.parse::<f64>().ok())
         .sum())
