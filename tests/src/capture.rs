@@ -144,6 +144,30 @@ impl Packet {
     pub fn is_tcp_of(&self, port: u16) -> bool {
         matches!(self, Self::Tcp { from, to, .. } if from.port() == port || to.port() == port)
     }
+
+    /// ICMP that says to whom a TCP segment from or to the port could not be delivered:
+    /// a host's word for a pod that has ended, with the segment's beginning.
+    pub fn is_unreachable_of(&self, port: u16) -> bool {
+        const ICMP: u8 = 1;
+        const TCP: u8 = 6;
+        const UNREACHABLE: u8 = 3;
+        let Self::Other {
+            protocol: ICMP,
+            payload,
+            ..
+        } = self
+        else {
+            return false;
+        };
+        // RFC 792: type, code, checksum, 4 bytes unused, then what it is about.
+        let Some((&UNREACHABLE, quoted)) = payload.first().zip(payload.get(8..)) else {
+            return false;
+        };
+        let header = usize::from(quoted.first().copied().unwrap_or_default() & 15) * 4;
+        let is_tcp = quoted.get(9) == Some(&TCP);
+        let ports = quoted.get(header..header + 4);
+        is_tcp && ports.is_some_and(|p| p[..2] == port.to_be_bytes() || p[2..] == port.to_be_bytes())
+    }
 }
 
 impl Packets {

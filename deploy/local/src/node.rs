@@ -85,7 +85,9 @@ struct Claims {
 /// What the node offers: less than its hosts have.
 #[derive(Serialize)]
 struct Settings {
-    quota: Quota,
+    /// None: the cell says it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    quota: Option<Quota>,
 }
 
 #[derive(Serialize)]
@@ -214,12 +216,12 @@ pub async fn join(
         upstream_nameservers: vec![API_SERVER],
         cluster_pod_range: POD_RANGE.into(),
         node: Settings {
-            quota: Quota {
+            quota: cell.is_none().then_some(Quota {
                 cpu: "3",
                 memory: "16Gi",
                 ephemeral_storage: "50Gi",
                 pods: 220,
-            },
+            }),
         },
         mesh: Mesh {
             listen: (VIRTUAL_NODE, MESH_PORT).into(),

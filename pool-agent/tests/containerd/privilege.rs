@@ -271,8 +271,8 @@ async fn root_in_a_pod_changes_nothing_of_its_host(host: &Host) -> anyhow::Resul
         // Version 1 has one for each controller, below a tmpfs of the container's own.
         "for at in $(grep -E '^[^ ]+ [^ ]+ cgroup2? ' /proc/mounts | cut -d' ' -f2)
          do mkdir $at/taken && exit 0; done; false",
-        "echo -1 > /sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "echo max > /sys/fs/cgroup/memory.max",
+        "test -e /sys/fs/cgroup/memory/cgroup.procs && echo -1 > /sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "test -e /sys/fs/cgroup/memory.max && echo max > /sys/fs/cgroup/memory.max",
         "ip link set eth0 down",
         "ip addr add 192.0.2.99/32 dev eth0",
         "chroot /proc/1/root true && nsenter -t 1 -m true",

@@ -233,7 +233,7 @@ pub(crate) fn only_tunnels(lab: &Lab, packets: &Packets) -> anyhow::Result<usize
     ensure!(!between.is_empty(), "nothing passed between the hosts");
     let strange: Vec<_> = between
         .iter()
-        .filter(|p| !p.is_tcp_of(mesh_api::HBONE_PORT))
+        .filter(|p| !p.is_tcp_of(mesh_api::HBONE_PORT) && !p.is_unreachable_of(mesh_api::HBONE_PORT))
         .take(5)
         .collect();
     ensure!(strange.is_empty(), "not a tunnel: {strange:?}");
