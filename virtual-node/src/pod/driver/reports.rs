@@ -66,17 +66,14 @@ impl Driver {
             ..self.observed(&pod)
         });
         let phase = Phase::parse(computed.phase.as_deref());
-        // Told to stop before it was done. What it says of that with its exit code is not
-        // that it is done.
-        let stopping = matches!(self.lifecycle.stage(), Stage::Stopping { place: at, .. } if at == place)
-            || matches!(sandbox.state, SandboxState::Stopping | SandboxState::Stopped);
-        if sandbox.notice.is_some() && stopping && self.may_not_run_again() {
-            if sandbox.state == SandboxState::Stopped {
-                self.conclude(Verdict {
-                    reason: status::TERMINATED.into(),
-                    message: format!("Pod was terminated: host {} had to give it up", place.host),
-                });
-            }
+        let given_up = sandbox.notice.is_some() && sandbox.state == SandboxState::Stopped;
+        if phase.is_final() && !(given_up && phase == Phase::Failed) {
+            self.step(Event::Intended(Intent::Finish));
+        } else if given_up && self.may_not_run_again() {
+            self.conclude(Verdict {
+                reason: status::TERMINATED.into(),
+                message: format!("Pod was terminated: host {} had to give it up", place.host),
+            });
         } else if phase.is_final() {
             self.step(Event::Intended(Intent::Finish));
         }
