@@ -12,12 +12,12 @@ use kube::{
     Api, ResourceExt,
     api::{DeleteParams, ListParams, Patch, PatchParams},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use spindrift_local::cell::{Cell, QUOTA};
 use spindrift_tests::{
     Scope,
     scope::PATIENCE,
-    workload::{condition, container, deployment, idle, is_ready, phase, pod, summary, uid},
+    workload::{condition, container, deployment, idle, is_ready, phase, pod, shell, summary, uid},
 };
 
 use super::{
@@ -242,9 +242,11 @@ async fn a_cell_that_is_away_disturbs_nothing_and_new_pods_wait_for_it(scope: &S
 }
 
 async fn a_drained_host_gives_its_pods_up_and_each_starts_elsewhere(scope: &Scope) -> anyhow::Result<()> {
-    let quick = |policy: &str| json!({"terminationGracePeriodSeconds": 1, "restartPolicy": policy, "containers": [idle()]});
-    let moved = scope.start(pod("moved", quick("Always"))).await?;
-    let once = scope.start(pod("once", quick("Never"))).await?;
+    let quick = |policy: &str, container: Value| json!({"terminationGracePeriodSeconds": 1, "restartPolicy": policy, "containers": [container]});
+    let moved = scope.start(pod("moved", quick("Always", idle()))).await?;
+    // One that is not done when it is told to go.
+    let busy = shell("trap '' TERM; while :; do sleep 1000 & wait; done");
+    let once = scope.start(pod("once", quick("Never", busy))).await?;
     for pod in [&moved, &once] {
         for claim in claims_of(scope, pod).await? {
             claims(scope)?
