@@ -46,7 +46,7 @@ pub struct Options {
     pub build: Build,
     pub extent: Extent,
     pub cluster: ClusterSource,
-    /// The pool has a cluster of its own, its [`cell`](crate::cell): hosts are
+    /// The pool has a cluster of its own, its [`cell`]: hosts are
     /// Nodes there, and claims are Pods.
     pub cell: bool,
     /// Image registries inside the lab. See [`registry`].

@@ -203,6 +203,8 @@ async fn an_image_is_pulled_from_the_registries_and_from_the_private_one_only_wi
     let lab = Lab::up(
         &Options {
             registry: true,
+            // What containerd pulls goes by the agent.
+            extent: Extent::Whole,
             ..options(instance)?
         },
         &progress,
