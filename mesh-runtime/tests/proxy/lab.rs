@@ -331,6 +331,11 @@ impl Lab {
         );
         let control = Control::start().await;
         let wire = Space::new(format!("{name}-wire"));
+        // Of the pool's infrastructure.
+        wire.ip(&format!(
+            "addr add {OTHER_HOST}/32 dev lo\naddr add {}/32 dev lo\n",
+            ALLOWED.0
+        ));
         wire.ip(&format!(
             "addr add {STRANGER}/32 dev lo\n\
              addr add {NAMESERVER}/32 dev lo\n",
