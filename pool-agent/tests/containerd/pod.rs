@@ -230,10 +230,20 @@ impl<'a> Pod<'a> {
     pub(super) async fn exec(&self, container: &str, command: &[&str]) -> anyhow::Result<String> {
         let status = self.until_running().await?;
         let id = container_id(&status, container)?;
-        let session = format!("exec-{}", self.host.next_uid());
-        let mut arguments = vec!["tasks", "exec", "--exec-id", session.as_str(), id.as_str()];
-        arguments.extend(command);
-        Ok(self.host.ctr(&arguments).await?.trim().to_owned())
+        // ctr may end before it has read all that was printed: what lacks its end is
+        // asked again.
+        const END: &str = "[whole]";
+        for _ in 0..5 {
+            let session = format!("exec-{}", self.host.next_uid());
+            let mut arguments = vec!["tasks", "exec", "--exec-id", session.as_str(), id.as_str()];
+            arguments.extend(["sh", "-c", "\"$@\"; code=$?; printf '[whole]'; exit $code", "sh"]);
+            arguments.extend(command);
+            let printed = self.host.ctr(&arguments).await?;
+            if let Some(whole) = printed.trim().strip_suffix(END) {
+                return Ok(whole.trim().to_owned());
+            }
+        }
+        anyhow::bail!("{command:?} in {container} prints nothing whole")
     }
 
     /// A container's log from its beginning to now.
