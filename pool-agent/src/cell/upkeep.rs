@@ -102,7 +102,8 @@ async fn attend(cell: &Cell, client: &Client, pod: &Arc<Pod>, now: Timestamp) ->
         if let Some(grace) = duty.stop {
             stop(cell, tenant, key, grace).await;
         }
-        // In the ledger before the object goes: a start that is under way finds no room.
+        // Fenced before the object goes: a start that is under way to this process is
+        // refused, and to a later one there is no claim.
         if duty.fence
             && let Err(error) = cell.host.forget(tenant, key).await
         {
