@@ -154,6 +154,10 @@ enum Request {
         placement: Placement,
         published: oneshot::Sender<()>,
     },
+    /// Its status is about to say that it is over.
+    Finished {
+        pod: PodUid,
+    },
     /// Nothing runs any more; what is left is there.
     Leave {
         pod: PodUid,
@@ -246,6 +250,13 @@ impl Placer {
     /// a while.
     pub(crate) async fn refused(&self, pod: PodUid, host: HostName) {
         let _gone = self.requests.send(Request::Refused { pod, host }).await.is_err();
+    }
+
+    /// The pod's status is about to say that it is over: from then on the scheduler
+    /// counts it no more, and binds another in its stead. What its host still holds
+    /// for it stays held.
+    pub(crate) async fn finished(&self, pod: PodUid) {
+        let _gone = self.requests.send(Request::Finished { pod }).await.is_err();
     }
 
     /// The pod runs no more; its logs are there.

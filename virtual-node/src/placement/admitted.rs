@@ -5,8 +5,8 @@
 //! under a kubelet a pod that is too much then is refused, for good.
 //!
 //! What always holds:
-//! - a pod is counted from its admission until it takes no room, whether or not a host
-//!   has room for it yet;
+//! - a pod is counted from its admission until its status says that it is over, whether
+//!   or not a host has room for it yet, or still holds some;
 //! - a pod on record was admitted when it came: it is counted and never refused;
 //! - after a restart nothing is admitted before all that is on record is counted; what
 //!   came meanwhile is admitted in the order of its creation.
@@ -78,6 +78,11 @@ impl Admitted {
     pub(super) fn count(&mut self, pod: &PodUid, claim: Resources) {
         self.forget_waiting(pod);
         self.counted.insert(pod.clone(), claim);
+    }
+
+    /// Its status says that it is over, or is about to.
+    pub(super) fn finish(&mut self, pod: &PodUid) {
+        self.counted.remove(pod);
     }
 
     pub(super) fn release(&mut self, pod: &PodUid) {

@@ -223,6 +223,8 @@ impl Task {
                 self.perform(effects);
                 self.board.tells(pod);
             }
+            // The cell counts claims, and knows from their hosts which are over.
+            Request::Finished { .. } => {}
             Request::Leave { pod, host, attempt } => {
                 self.stop_asking(&pod);
                 self.board.publish(&pod, None);

@@ -112,6 +112,7 @@ impl Task {
                 let answers = self.table.refused(&pod, host);
                 self.answer(answers);
             }
+            Request::Finished { pod } => self.admitted.finish(&pod),
             // What is left of it takes no room.
             Request::Leave { pod, .. } | Request::Release { pod } => {
                 self.waiting.remove(&pod);

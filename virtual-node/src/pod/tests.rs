@@ -275,6 +275,35 @@ async fn a_pod_that_does_not_belong_on_this_node_fails_before_anybody_is_asked()
     }
 }
 
+/// The scheduler counts a pod no more once its phase is final. So does the node, and
+/// not only when the pod's host has taken its sandbox down.
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_is_over_makes_room_as_soon_as_its_status_says_so() {
+    let mut world = World::new();
+    world.slots = Some(1);
+    world.start();
+    let host = world.running(json!({"restartPolicy": "Never"})).await;
+    host.finish("u-1");
+    world.until("it is over", |w| w.phase() == "Succeeded").await;
+    world.create_as("next", "u-2", json!({}));
+    world.host_of("u-2").await;
+    assert_eq!(host.attempts("u-1"), [1], "it is still there");
+    // Nor does it count for a virtual node that begins again and finds it there.
+    world.restart().await;
+    world
+        .until("placements are complete", |w| w.placements().complete)
+        .await;
+    world.create_as("another", "u-3", json!({}));
+    world
+        .until("the third is refused for the second alone", |w| {
+            let third = w.api.get("/api/v1/namespaces/shop/pods/another").unwrap();
+            third["status"]["message"]
+                .as_str()
+                .is_some_and(|message| message.contains("pods, requested: 1, used: 1, capacity: 1"))
+        })
+        .await;
+}
+
 // ---- hosts that refuse, or do not answer
 
 #[tokio::test(start_paused = true)]

@@ -69,7 +69,7 @@ impl Driver {
     /// What the object wants now.
     fn intend(&mut self) {
         let Some(object) = &self.object else { return };
-        let phase = Phase::parse(object.status.as_ref().and_then(|s| s.phase.as_deref()));
+        let phase = Phase::of(object);
         let intent = if object.metadata.deletion_timestamp.is_some() {
             let grace = object.metadata.deletion_grace_period_seconds.unwrap_or(0);
             Intent::Delete {

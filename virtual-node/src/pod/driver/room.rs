@@ -16,7 +16,7 @@ use super::{
         admission,
         lifecycle::{Event, Place, Room},
         resolve::{Extent, runtime_handler},
-        status::Verdict,
+        status::{Phase, Verdict},
         translate::{self, Untranslatable},
     },
     Done, Driver, Tools, nothing_to_wait_for,
@@ -86,6 +86,9 @@ impl Driver {
                 if let Ok(ask) = ask(&pod) {
                     let (uid, placement) = (self.uid.clone(), placement.clone());
                     self.tools.placer.hold(uid, ask, placement).await;
+                    if Phase::of(&pod).is_final() {
+                        self.tools.placer.finished(self.uid.clone()).await;
+                    }
                 }
             }
             Told::Left(place) => {

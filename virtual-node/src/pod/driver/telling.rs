@@ -17,7 +17,7 @@ use super::{
     super::{
         HOST_GRACE,
         lifecycle::{Intent, Stage},
-        status::{self, Observed},
+        status::{self, Observed, Phase},
     },
     Driver, api,
     object::is_gone,
@@ -160,7 +160,13 @@ impl Driver {
         }
         let api = api(&self.tools.client, &pod);
         let (name, body) = (pod.name_any(), patch.clone());
+        // Before the scheduler can know of it: the pod that it binds next is let in.
+        let over = Phase::parse(wanted.phase.as_deref()).is_final();
+        let (placer, uid) = (self.tools.placer.clone(), self.uid.clone());
         let done = async move {
+            if over {
+                placer.finished(uid).await;
+            }
             answered(api.patch_status(&name, &PatchParams::default(), &Patch::Strategic(body))).await
         };
         self.telling.writing = Some(Writing {

@@ -1,6 +1,6 @@
 //! The phase of a pod, from the states of its containers.
 
-use k8s_openapi::api::core::v1::{ContainerStatus, PodSpec};
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod, PodSpec};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Phase {
@@ -18,6 +18,11 @@ impl Phase {
             Some("Failed") => Self::Failed,
             _ => Self::Pending,
         }
+    }
+
+    /// As the object has it.
+    pub(crate) fn of(pod: &Pod) -> Self {
+        Self::parse(pod.status.as_ref().and_then(|status| status.phase.as_deref()))
     }
 
     pub(crate) fn as_str(self) -> &'static str {

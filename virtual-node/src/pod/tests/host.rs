@@ -142,6 +142,14 @@ impl Host {
         self.change(uid, |status| end(status, exit_code));
     }
 
+    /// Its container ended, and its sandbox is still to be taken down.
+    pub(super) fn finish(&self, uid: &str) {
+        self.change(uid, |status| {
+            end(status, 0);
+            status.state = SandboxState::Running.into();
+        });
+    }
+
     /// Its sandbox died under it.
     pub(super) fn lose_sandbox(&self, uid: &str) {
         self.change(uid, |status| {

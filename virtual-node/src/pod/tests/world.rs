@@ -9,7 +9,7 @@ use std::{
 };
 
 use http::Method;
-use pool_agent_api::HostName;
+use pool_agent_api::{HostName, Resources};
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use tokio::{sync::watch, task::JoinHandle};
@@ -87,6 +87,8 @@ pub(super) struct World {
     pub(super) b: Host,
     /// None: the hosts are listed.
     pub(super) cell: Option<ApiServer>,
+    /// How many pods the node takes, if it is bounded.
+    pub(super) slots: Option<u32>,
     journal: Journal,
     process: Option<Process>,
 }
@@ -107,6 +109,7 @@ impl World {
             a: Host::new("host-a", journal.clone()),
             b: Host::new("host-b", journal.clone()),
             cell: None,
+            slots: None,
             journal,
             process: None,
         }
@@ -199,7 +202,15 @@ impl World {
         }
         let (pool, reports, table) = Pool::start(named, connect, membership());
         let (placer, placements) = match &self.cell {
-            None => Placer::start(table, None),
+            None => Placer::start(
+                table,
+                self.slots.map(|sandboxes| Resources {
+                    cpu_millis: u64::MAX,
+                    memory_bytes: u64::MAX,
+                    ephemeral_storage_bytes: u64::MAX,
+                    sandboxes,
+                }),
+            ),
             Some(cell) => Placer::claim_in(
                 Cell {
                     client: cell.client(),
@@ -278,6 +289,10 @@ impl World {
 
     /// One container, on this node, with that much more in its spec.
     pub(super) fn create(&self, uid: &str, extra: Value) {
+        self.create_as("web", uid, extra);
+    }
+
+    pub(super) fn create_as(&self, name: &str, uid: &str, extra: Value) {
         let mut spec = json!({
             "nodeName": NODE,
             "restartPolicy": "Always",
@@ -288,11 +303,11 @@ impl World {
         }
         let pod = json!({
             "kind": "Pod", "apiVersion": "v1",
-            "metadata": {"name": "web", "namespace": "shop", "uid": uid, "generation": 1},
+            "metadata": {"name": name, "namespace": "shop", "uid": uid, "generation": 1},
             "spec": spec,
             "status": {"phase": "Pending", "qosClass": "BestEffort"},
         });
-        self.api.put(WEB, pod);
+        self.api.put(&format!("/api/v1/namespaces/shop/pods/{name}"), pod);
     }
 
     /// A pod with a sandbox that runs and was told to be ready.
