@@ -23,6 +23,7 @@ pub mod instance;
 pub mod lab;
 pub mod netns;
 pub mod node;
+mod packages;
 pub mod pki;
 pub mod pool;
 pub mod process;

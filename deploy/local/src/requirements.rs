@@ -1,14 +1,11 @@
 //! What the machine must have, and its installation where that can be done.
 //!
 //! Only what is missing is installed, with apt as root. Elsewhere a person is
-//! told exactly what to install.
+//! told in one list what to install.
 
-use std::{path::Path, time::Duration};
+use std::path::Path;
 
-use crate::{
-    progress::Progress,
-    tool::{Tool, ToolError},
-};
+use crate::{packages, progress::Progress, tool::ToolError};
 
 /// What the tools are wanted for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -129,21 +126,7 @@ pub async fn ensure(
         packages: names.clone(),
         source,
     };
-    let apt = || {
-        Tool::new("apt-get")
-            .env("DEBIAN_FRONTEND", "noninteractive")
-            .limit(Duration::from_secs(600))
-    };
-    apt().arg("update").run_showing(&step).await.map_err(failed)?;
-    // Where a service would be started, as docker-registry's, it stays off:
-    // runlevel 1 is what Debian's invoke-rc.d takes as "not now".
-    apt()
-        .env("RUNLEVEL", "1")
-        .args(["install", "-y", "--no-install-recommends"])
-        .args(&packages)
-        .run_showing(&step)
-        .await
-        .map_err(failed)?;
+    packages::install(&packages, &step).await.map_err(failed)?;
     if let Some(absent) = missing.iter().find(|requirement| !has(requirement.what)) {
         return Err(RequirementsError::StillMissing {
             package: absent.package,
