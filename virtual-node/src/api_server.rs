@@ -1,9 +1,12 @@
-//! Single requests to the API server: each has an end. A watch has none, and is not
-//! made here.
+//! Clients of API servers, and single requests to one: each has an end. A watch has
+//! none, and is not made here.
 
 use std::time::Duration;
 
-use kube::Error;
+use kube::{Client, Config, Error};
+
+/// TCP and TLS together.
+const CONNECT: Duration = Duration::from_secs(10);
 
 /// Longer than the API server takes for anything that a node asks of it. A request
 /// that is lost with its connection would be waited for until TCP gives up.
@@ -16,4 +19,9 @@ pub(crate) async fn answered<T>(request: impl Future<Output = Result<T, Error>>)
         Ok(answer) => answer,
         Err(elapsed) => Err(Error::Service(elapsed.into())),
     }
+}
+
+pub(crate) fn client(mut settings: Config) -> Result<Client, Error> {
+    settings.connect_timeout = Some(CONNECT);
+    Client::try_from(settings)
 }

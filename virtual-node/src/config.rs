@@ -57,9 +57,15 @@ pub struct Config {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cell {
     pub kubeconfig: PathBuf,
-    /// The tenant's there.
+    pub claims: Claims,
+}
+
+/// What this node's claims say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Claims {
+    /// The tenant's in the cell.
     pub namespace: Namespace,
-    /// Of the claims: the tenant's tier.
+    /// The tenant's tier.
     pub priority_class: Option<String>,
     /// Only hosts with these labels will do.
     pub zone: Option<String>,
@@ -413,11 +419,13 @@ fn claimed(cell: file::Cell, tenant: &TenantId) -> Result<Cell, Invalid> {
     };
     Ok(Cell {
         kubeconfig: cell.kubeconfig,
-        namespace: pool_cell::names::namespace_of(tenant)?,
-        priority_class: label("priority_class", cell.priority_class)?,
-        zone: label("zone", cell.zone)?,
-        class: label("class", cell.class)?,
-        arch: label("arch", cell.arch)?,
+        claims: Claims {
+            namespace: pool_cell::names::namespace_of(tenant)?,
+            priority_class: label("priority_class", cell.priority_class)?,
+            zone: label("zone", cell.zone)?,
+            class: label("class", cell.class)?,
+            arch: label("arch", cell.arch)?,
+        },
     })
 }
 
@@ -508,8 +516,8 @@ zone = "z-1"
     fn hosts_are_listed_or_claimed_in_a_cell_and_never_both() {
         let config = parse(&with_cell()).unwrap();
         let cell = config.cell.unwrap();
-        assert_eq!(cell.namespace.as_str(), "tenant-demo");
-        assert_eq!(cell.zone.as_deref(), Some("z-1"));
+        assert_eq!(cell.claims.namespace.as_str(), "tenant-demo");
+        assert_eq!(cell.claims.zone.as_deref(), Some("z-1"));
         assert!(config.pool.hosts.is_empty());
         for (text, said) in [
             (format!("{EXAMPLE}{CELL}"), "pool.hosts: must be empty"),

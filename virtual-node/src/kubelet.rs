@@ -46,23 +46,20 @@ use bounds::{Bounds, Seldom};
 use hyper_util::{rt::TokioIo, service::TowerToHyperService};
 use kube::Client;
 use rustls_pki_types::CertificateDer;
-use tokio::{
-    net::{TcpListener, TcpStream},
-    time::timeout,
-};
+use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, info, info_span, warn};
 
 use crate::{
-    config,
+    incoming::{Arrived, Incoming},
     pod::{Directory, Found},
     pool::{CallError, HostClient, Pool},
 };
 use authenticate::Authenticator;
 use authorize::Authorizer;
 use doorway::{Doorway, Standing};
-pub(crate) use serving::ServingError;
+pub(crate) use serving::{Authority as ClientAuthority, Certificate, ServingError};
 
 /// A client that has not finished its handshake by then is hung up on.
 const HANDSHAKE: Duration = Duration::from_secs(10);
@@ -72,12 +69,6 @@ const HEAD: Duration = Duration::from_secs(30);
 pub(crate) enum KubeletError {
     #[error("cannot read the kubelet API's certificates")]
     Serving(#[from] ServingError),
-    #[error("cannot listen for the kubelet API on {address}")]
-    Listen {
-        address: std::net::SocketAddr,
-        #[source]
-        source: std::io::Error,
-    },
 }
 
 /// What handlers reach.
@@ -97,7 +88,9 @@ struct Gate {
 
 /// Who is served, and by what.
 pub(crate) struct Kubelet {
-    pub(crate) config: config::Kubelet,
+    pub(crate) incoming: Incoming,
+    pub(crate) clients: ClientAuthority,
+    pub(crate) certificate: Certificate,
     pub(crate) node_name: String,
     pub(crate) address: std::net::IpAddr,
     pub(crate) client: Client,
@@ -107,19 +100,16 @@ pub(crate) struct Kubelet {
 }
 
 impl Kubelet {
-    /// Listens, and serves until `shutdown`. Streams that are open then are cut.
-    pub(crate) async fn serve(self, shutdown: CancellationToken) -> Result<(), KubeletError> {
-        let address = self.config.listen;
+    /// Serves until `shutdown`. Streams that are open then are cut.
+    pub(crate) async fn serve(mut self, shutdown: CancellationToken) -> Result<(), KubeletError> {
         let tls = serving::start(
-            &self.config,
+            &self.clients,
+            self.certificate,
             &self.node_name,
             self.address,
             self.client.clone(),
             &shutdown,
         )?;
-        let listener = TcpListener::bind(address)
-            .await
-            .map_err(|source| KubeletError::Listen { address, source })?;
         let context = Context {
             node_name: self.node_name.as_str().into(),
             directory: self.directory,
@@ -133,13 +123,13 @@ impl Kubelet {
         let acceptor = TlsAcceptor::from(tls.config);
         let doorway = Doorway::new(&self.shown);
         let told = Seldom::default();
-        info!(%address, "kubelet API served");
+        info!("kubelet API served");
         loop {
             let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
+                accepted = self.incoming.accept() => accepted,
                 () = shutdown.cancelled() => return Ok(()),
             };
-            let (socket, peer) = match accepted {
+            let Arrived { socket, from } = match accepted {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     // Out of descriptors, say: others must end first.
@@ -150,10 +140,10 @@ impl Kubelet {
                     continue;
                 }
             };
-            let (standing, displaced) = doorway.come(peer.ip().to_canonical());
+            let (standing, displaced) = doorway.come(from);
             let connection = connection(socket, acceptor.clone(), router.clone(), standing);
             let shutdown = shutdown.clone();
-            let span = info_span!("kubelet_api", %peer);
+            let span = info_span!("kubelet_api", peer = %from);
             let task = async move {
                 tokio::select! {
                     () = connection => {}

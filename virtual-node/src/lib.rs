@@ -3,8 +3,10 @@
 //! [`process`] wires the parts together; each part says for itself what it is.
 
 mod api_server;
+mod assembly;
 pub mod config;
 mod event;
+pub mod incoming;
 mod kubelet;
 pub mod mesh;
 mod metrics;

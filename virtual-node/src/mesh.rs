@@ -29,7 +29,6 @@ pub mod xds;
 
 use std::{
     net::SocketAddr,
-    path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -38,7 +37,7 @@ use bounds::Bounds;
 use envoy_types::pb::envoy::service::discovery::v3::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer;
 use mesh_api::istio::certificate::istio_certificate_service_server::IstioCertificateServiceServer;
 use prometheus_client::registry::Registry;
-use tokio::{net::TcpListener, sync::watch};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
@@ -49,7 +48,7 @@ use self::{
     metrics::{Kind, Metrics},
     xds::{Discovery, Snapshots},
 };
-use crate::{placement::Placements, pool_tls::PoolTls};
+use crate::{incoming::Incoming, placement::Placements, pool_tls::PoolTls};
 
 /// A peer that is gone without a word is noticed after both: a ztunnel's own figures.
 const PING_INTERVAL: Duration = Duration::from_secs(30);
@@ -71,12 +70,9 @@ const MAX_CSR_REQUEST: usize = 64 << 10;
 /// What the control plane has to know, parsed from the configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
-    pub listen: SocketAddr,
     /// Pods bound to this Node are ours, and in the mesh unless they opted out.
     pub node_name: String,
     pub cluster: Cluster,
-    /// Where the certificate authority keeps its keys; made at the first start.
-    pub ca_dir: PathBuf,
 }
 
 /// What the mesh calls the tenant's cluster.
@@ -94,52 +90,38 @@ pub struct Cluster {
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("cannot listen on {address} for the mesh's hosts")]
-    Listen {
-        address: SocketAddr,
-        #[source]
-        source: std::io::Error,
-    },
-    #[error("cannot open the mesh's certificate authority")]
-    Authority(#[from] ca::OpenError),
     #[error("cannot serve the mesh's hosts")]
     Serve(#[source] tonic::transport::Error),
 }
 
-/// Ready to serve: the certificate authority is open, the port is bound.
+/// Ready to serve.
 pub struct Control {
     config: Config,
     authority: Authority,
-    listener: TcpListener,
+    incoming: Incoming,
     metrics: Arc<Metrics>,
     shown: Bounds,
 }
 
 impl Control {
-    /// Fails if the port is taken, or if the authority's directory cannot be used
-    /// as it is. Metrics go into `registry`, under `virtual_node_mesh_…`.
-    pub async fn open(config: Config, registry: &mut Registry) -> Result<Self, Error> {
-        let authority = Authority::open(&config.ca_dir, SystemTime::now())?;
-        let address = config.listen;
-        let listener = TcpListener::bind(address)
-            .await
-            .map_err(|source| Error::Listen { address, source })?;
+    /// Metrics go into `registry`, under `virtual_node_mesh_…`.
+    pub fn new(config: Config, authority: Authority, incoming: Incoming, registry: &mut Registry) -> Self {
         let metrics = Arc::new(Metrics::register(registry));
         let shown = Bounds::register(registry.sub_registry_with_prefix("virtual_node_mesh"));
         let expiry = authority.not_after().duration_since(SystemTime::UNIX_EPOCH);
         metrics.ca_expires(expiry.unwrap_or_default().as_secs_f64());
-        Ok(Self {
+        Self {
             config,
             authority,
-            listener,
+            incoming,
             metrics,
             shown,
-        })
+        }
     }
 
-    /// Where it listens: of use where the configuration left the port open.
+    /// Where it listens: of use where the port was left open.
     pub fn address(&self) -> std::io::Result<SocketAddr> {
-        self.listener.local_addr()
+        self.incoming.address()
     }
 
     /// Serves until `shutdown`. A lost API server is waited for; meanwhile the hosts
@@ -208,7 +190,7 @@ impl Control {
                 IstioCertificateServiceServer::new(broker).max_decoding_message_size(MAX_CSR_REQUEST),
             )
             .serve_with_incoming_shutdown(
-                listener::accept(self.listener, pool, self.metrics, &self.shown),
+                listener::accept(self.incoming, pool, self.metrics, &self.shown),
                 shutdown.cancelled_owned(),
             )
             .await

@@ -23,7 +23,7 @@ use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use pool_agent_api::{
     Host, HostName, Invalid, Refusal, SandboxKey, SandboxSpec, SandboxStatus, TenantId, spec::Volume,
-    status::PodEvent, wire,
+    status::PodEvent, tenant::MeshControl, wire,
 };
 use tokio::sync::{mpsc, watch};
 use tonic::{Code, Streaming, transport::Channel};
@@ -159,7 +159,7 @@ pub(crate) struct Membership {
     pub(crate) tenant: TenantId,
     pub(crate) node_name: String,
     pub(crate) cluster: config::Cluster,
-    pub(crate) mesh: config::Mesh,
+    pub(crate) mesh: MeshControl,
 }
 
 impl Pool {

@@ -133,15 +133,20 @@ struct Credentials {
 
 /// The files' contents: what tells a change.
 #[derive(PartialEq, Eq)]
-struct Pem {
-    certificate: Vec<u8>,
-    key: Vec<u8>,
-    ca: Vec<u8>,
+pub struct Pem {
+    pub certificate: Vec<u8>,
+    pub key: Vec<u8>,
+    pub ca: Vec<u8>,
 }
 
 impl PoolTls {
     pub fn load(files: Files) -> Result<Self, LoadError> {
         let pem = read(&files)?;
+        Self::of(files, pem)
+    }
+
+    /// Credentials that are no files; `files` says what errors call them.
+    pub fn of(files: Files, pem: Pem) -> Result<Self, LoadError> {
         Ok(Self {
             current: ArcSwap::from_pointee(Credentials::parse(&files, pem)?),
             files,
@@ -194,6 +199,12 @@ impl PoolTls {
                 expected: Expected::AnyHost,
             }),
         }
+    }
+
+    /// Who we are to hosts, from our certificate.
+    pub fn name(&self) -> Result<PeerId, NotExpected> {
+        let current = self.current.load();
+        named(current.chain.first().ok_or(NotExpected::UriCount { count: 0 })?)
     }
 
     /// Looks at the files every `period` and takes up what changed, until `shutdown`.
@@ -324,6 +335,25 @@ impl Credentials {
     }
 }
 
+/// The one name of a certificate.
+fn named(certificate: &CertificateDer<'_>) -> Result<PeerId, NotExpected> {
+    let (_, parsed) = X509Certificate::from_der(certificate).map_err(NotExpected::Malformed)?;
+    let uris: Vec<&str> = parsed
+        .subject_alternative_name()
+        .map_err(|e| NotExpected::Malformed(x509_parser::nom::Err::Failure(e)))?
+        .into_iter()
+        .flat_map(|names| &names.value.general_names)
+        .filter_map(|name| match name {
+            GeneralName::URI(uri) => Some(*uri),
+            _ => None,
+        })
+        .collect();
+    let [uri] = uris[..] else {
+        return Err(NotExpected::UriCount { count: uris.len() });
+    };
+    uri.parse().map_err(NotExpected::Name)
+}
+
 /// The name that a certificate has to have.
 #[derive(Debug)]
 struct Who {
@@ -333,21 +363,7 @@ struct Who {
 
 impl Who {
     fn check(&self, certificate: &CertificateDer<'_>) -> Result<PeerId, NotExpected> {
-        let (_, parsed) = X509Certificate::from_der(certificate).map_err(NotExpected::Malformed)?;
-        let uris: Vec<&str> = parsed
-            .subject_alternative_name()
-            .map_err(|e| NotExpected::Malformed(x509_parser::nom::Err::Failure(e)))?
-            .into_iter()
-            .flat_map(|names| &names.value.general_names)
-            .filter_map(|name| match name {
-                GeneralName::URI(uri) => Some(*uri),
-                _ => None,
-            })
-            .collect();
-        let [uri] = uris[..] else {
-            return Err(NotExpected::UriCount { count: uris.len() });
-        };
-        let peer: PeerId = uri.parse().map_err(NotExpected::Name)?;
+        let peer = named(certificate)?;
         if peer.trust_domain != self.trust_domain {
             return Err(NotExpected::TrustDomain {
                 peer,

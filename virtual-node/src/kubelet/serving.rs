@@ -1,7 +1,7 @@
 //! The TLS of the kubelet API: its certificate, from files or by a CSR that the
 //! cluster's operator approves, and how clients' certificates are looked at.
 
-mod request;
+pub(crate) mod request;
 
 use std::{
     net::IpAddr,
@@ -23,10 +23,9 @@ use rustls::{
     sign::CertifiedKey,
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, UnixTime, pem::PemObject};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
-
-use crate::config;
 
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ServingError {
@@ -78,33 +77,85 @@ impl ResolvesServerCert for Current {
     }
 }
 
-/// Reads the files, or begins to ask for a certificate; keeps it fresh until `shutdown`.
+/// Whose signature makes a client's certificate.
+#[derive(Debug, Clone)]
+pub(crate) enum Authority {
+    File(PathBuf),
+    #[allow(dead_code, reason = "of a node that no file describes")]
+    Pem {
+        called: PathBuf,
+        pem: Vec<u8>,
+    },
+}
+
+impl Authority {
+    fn called(&self) -> &Path {
+        match self {
+            Self::File(path) => path,
+            Self::Pem { called, .. } => called,
+        }
+    }
+
+    fn certificates(&self) -> Result<Vec<CertificateDer<'static>>, rustls_pki_types::pem::Error> {
+        match self {
+            Self::File(path) => CertificateDer::pem_file_iter(path)?.collect(),
+            Self::Pem { pem, .. } => CertificateDer::pem_slice_iter(pem).collect(),
+        }
+    }
+}
+
+/// Where the certificate that is served with comes from.
+#[derive(Debug)]
+pub(crate) enum Certificate {
+    /// Certificate and key.
+    Files(PathBuf, PathBuf),
+    /// Asked for by CSR, and kept in memory.
+    Requested,
+    /// Somebody else's to keep; none yet at first.
+    #[allow(dead_code, reason = "of a node that no file describes")]
+    Given(watch::Receiver<Option<Arc<CertifiedKey>>>),
+}
+
+/// Takes the certificate from where it comes; keeps it fresh until `shutdown`.
 pub(super) fn start(
-    config: &config::Kubelet,
+    clients: &Authority,
+    certificate: Certificate,
     node_name: &str,
     address: IpAddr,
     client: Client,
     shutdown: &CancellationToken,
 ) -> Result<Tls, ServingError> {
-    let client_verifier = client_verifier(&config.client_ca)?;
+    let client_verifier = client_verifier(clients)?;
     let current = Arc::new(Current::default());
-    match &config.certificate {
-        Some((certificate, key)) => {
-            current.0.store(Some(Arc::new(load(certificate, key)?)));
-            let (certificate, key, current) = (certificate.clone(), key.clone(), current.clone());
-            let shutdown = shutdown.clone();
+    let shutdown = shutdown.clone();
+    match certificate {
+        Certificate::Files(certificate, key) => {
+            current.0.store(Some(Arc::new(load(&certificate, &key)?)));
+            let current = current.clone();
             tokio::spawn(async move {
                 shutdown
                     .run_until_cancelled(reload(&certificate, &key, &current))
                     .await
             });
         }
-        None => {
+        Certificate::Requested => {
             let requester = request::Requester::new(client, node_name, address);
-            let (current, shutdown) = (current.clone(), shutdown.clone());
+            let current = current.clone();
             tokio::spawn(async move {
                 let keep = requester.keep(|signed| current.0.store(Some(Arc::new(signed))));
                 shutdown.run_until_cancelled(keep).await
+            });
+        }
+        Certificate::Given(mut given) => {
+            current.0.store(given.borrow_and_update().clone());
+            let current = current.clone();
+            tokio::spawn(async move {
+                let follow = async {
+                    while given.changed().await.is_ok() {
+                        current.0.store(given.borrow_and_update().clone());
+                    }
+                };
+                shutdown.run_until_cancelled(follow).await
             });
         }
     }
@@ -159,14 +210,19 @@ fn load(certificate: &Path, key: &Path) -> Result<CertifiedKey, ServingError> {
     })
 }
 
-fn client_verifier(ca: &Path) -> Result<Arc<dyn ClientCertVerifier>, ServingError> {
+/// Whether `authority` can be one: what is refused is refused before anything starts.
+#[allow(dead_code, reason = "of a node that no file describes")]
+pub(crate) fn check(authority: &Authority) -> Result<(), ServingError> {
+    client_verifier(authority).map(drop)
+}
+
+fn client_verifier(authority: &Authority) -> Result<Arc<dyn ClientCertVerifier>, ServingError> {
+    let ca = authority.called();
     let mut roots = RootCertStore::empty();
-    let certificates = CertificateDer::pem_file_iter(ca)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|source| ServingError::Pem {
-            path: ca.to_owned(),
-            source,
-        })?;
+    let certificates = authority.certificates().map_err(|source| ServingError::Pem {
+        path: ca.to_owned(),
+        source,
+    })?;
     for certificate in certificates {
         roots.add(certificate).map_err(|source| ServingError::ClientCa {
             path: ca.to_owned(),

@@ -103,6 +103,59 @@ pub struct SignError {
     source: rcgen::Error,
 }
 
+/// What an authority is made of: the contents of its files, PEM.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Material {
+    pub root_cert: String,
+    /// Only needed to make an intermediate.
+    pub root_key: Option<String>,
+    pub ca_cert: String,
+    pub ca_key: String,
+    pub chain: Option<String>,
+}
+
+impl Material {
+    /// The names of the parts, as of the files: those of Istio's "plug-in CA".
+    pub const ROOT_CERT: &str = ROOT_CERT;
+    pub const ROOT_KEY: &str = ROOT_KEY;
+    pub const CA_CERT: &str = CA_CERT;
+    pub const CA_KEY: &str = CA_KEY;
+    pub const CHAIN: &str = CHAIN;
+
+    /// A new root and its intermediate.
+    pub fn begin(called: &Path, now: SystemTime) -> Result<Self, OpenError> {
+        let now = OffsetDateTime::from(now);
+        let (root_cert, root_key) = make_root(now)?;
+        let (ca_cert, ca_key) = make_intermediate(called, &root_cert, &root_key, now)?;
+        Ok(Self {
+            root_cert,
+            root_key: Some(root_key),
+            ca_cert,
+            ca_key,
+            chain: None,
+        })
+    }
+
+    /// With a new intermediate, if the old one ends soon and the root's key is there.
+    pub fn renewed(&self, called: &Path, now: SystemTime) -> Result<Option<Self>, OpenError> {
+        let now = OffsetDateTime::from(now);
+        let path = called.join(CA_CERT);
+        let signing = first(&path, parse_certificates(&path, &self.ca_cert)?)?;
+        let Some(root_key) = self.root_key.as_ref().filter(|_| {
+            // What cannot be read is refused when it is used.
+            ends_before(&path, &signing, now + RENEWED_BEFORE).unwrap_or(false)
+        }) else {
+            return Ok(None);
+        };
+        let (ca_cert, ca_key) = make_intermediate(called, &self.root_cert, root_key, now)?;
+        Ok(Some(Self {
+            ca_cert,
+            ca_key,
+            ..self.clone()
+        }))
+    }
+}
+
 /// An open authority.
 pub struct Authority {
     issuer: Issuer<'static, KeyPair>,
@@ -128,16 +181,33 @@ impl Authority {
     }
 
     fn load(dir: &Path, now: OffsetDateTime) -> Result<Self, OpenError> {
-        let (cert_path, key_path) = (dir.join(CA_CERT), dir.join(CA_KEY));
-        let key = read_key(&key_path)?;
-        let signing = read_certificate(&cert_path)?;
-        let roots_path = dir.join(ROOT_CERT);
-        let roots = read_certificates(&roots_path)?;
-        let chain_path = dir.join(CHAIN);
-        let chain = if exists(&chain_path)? {
-            read_certificates(&chain_path)?
-        } else {
-            Vec::new()
+        tight(&dir.join(CA_KEY), 0o600)?;
+        let chain = dir.join(CHAIN);
+        let material = Material {
+            ca_cert: read(&dir.join(CA_CERT))?,
+            ca_key: read(&dir.join(CA_KEY))?,
+            root_cert: read(&dir.join(ROOT_CERT))?,
+            root_key: None,
+            chain: if exists(&chain)? {
+                Some(read(&chain)?)
+            } else {
+                None
+            },
+        };
+        Self::of(dir, &material, now.into())
+    }
+
+    /// From what is no directory; `called` is how errors name it.
+    pub fn of(called: &Path, material: &Material, now: SystemTime) -> Result<Self, OpenError> {
+        let now = OffsetDateTime::from(now);
+        let (cert_path, key_path) = (called.join(CA_CERT), called.join(CA_KEY));
+        let key = parse_key(&key_path, &material.ca_key)?;
+        let signing = first(&cert_path, parse_certificates(&cert_path, &material.ca_cert)?)?;
+        let roots_path = called.join(ROOT_CERT);
+        let roots = parse_certificates(&roots_path, &material.root_cert)?;
+        let chain = match &material.chain {
+            Some(chain) => parse_certificates(&called.join(CHAIN), chain)?,
+            None => Vec::new(),
         };
         let not_after = check(&cert_path, &signing, &key, &key_path, now)?;
         if !leads_to_root(&signing, &chain, &roots) {
@@ -228,16 +298,9 @@ fn begin(dir: &Path, now: OffsetDateTime) -> Result<(), OpenError> {
         .mode(0o700)
         .create(&draft)
         .map_err(write)?;
-    let make = |source| OpenError::Make {
-        what: "the root",
-        source,
-    };
-    let key = KeyPair::generate().map_err(make)?;
-    let root = authority("Spindrift mesh root", ROOT_LIFE, now)
-        .self_signed(&key)
-        .map_err(make)?;
-    write_file(&draft.join(ROOT_KEY), &key.serialize_pem(), 0o600)?;
-    write_file(&draft.join(ROOT_CERT), &root.pem(), 0o644)?;
+    let (root, key) = make_root(now)?;
+    write_file(&draft.join(ROOT_KEY), &key, 0o600)?;
+    write_file(&draft.join(ROOT_CERT), &root, 0o644)?;
     replace_intermediate(&draft, now)?;
     // Over an empty directory a rename succeeds.
     fs::rename(&draft, dir).map_err(|source| OpenError::Write {
@@ -250,20 +313,45 @@ fn begin(dir: &Path, now: OffsetDateTime) -> Result<(), OpenError> {
 /// Makes an intermediate with the root's key. The certificate is written last: as
 /// long as it is missing, this is done again.
 fn replace_intermediate(dir: &Path, now: OffsetDateTime) -> Result<(), OpenError> {
+    let root_key = dir.join(ROOT_KEY);
+    tight(&root_key, 0o600)?;
+    let (certificate, key) = make_intermediate(dir, &read(&dir.join(ROOT_CERT))?, &read(&root_key)?, now)?;
+    write_file(&dir.join(CA_KEY), &key, 0o600)?;
+    write_file(&dir.join(CA_CERT), &certificate, 0o644)
+}
+
+/// Certificate and key, PEM.
+fn make_root(now: OffsetDateTime) -> Result<(String, String), OpenError> {
+    let make = |source| OpenError::Make {
+        what: "the root",
+        source,
+    };
+    let key = KeyPair::generate().map_err(make)?;
+    let root = authority("Spindrift mesh root", ROOT_LIFE, now)
+        .self_signed(&key)
+        .map_err(make)?;
+    Ok((root.pem(), key.serialize_pem()))
+}
+
+/// Certificate and key, PEM, of the root among `roots` that the key is of.
+fn make_intermediate(
+    called: &Path,
+    roots: &str,
+    root_key: &str,
+    now: OffsetDateTime,
+) -> Result<(String, String), OpenError> {
     let make = |source| OpenError::Make {
         what: "the intermediate",
         source,
     };
-    let roots = dir.join(ROOT_CERT);
-    let root_key_path = dir.join(ROOT_KEY);
-    let root_key = read_key(&root_key_path)?;
-    // Of several roots, the one that the key is of.
-    let root = read_certificates(&roots)?
+    let (roots_path, key_path) = (called.join(ROOT_CERT), called.join(ROOT_KEY));
+    let root_key = parse_key(&key_path, root_key)?;
+    let root = parse_certificates(&roots_path, roots)?
         .into_iter()
         .find(|root| is_pair(root, &root_key))
         .ok_or(OpenError::Pair {
-            certificate: roots,
-            key: root_key_path,
+            certificate: roots_path,
+            key: key_path,
         })?;
     let issuer = Issuer::from_ca_cert_der(&root, root_key).map_err(make)?;
     let key = KeyPair::generate().map_err(make)?;
@@ -271,8 +359,7 @@ fn replace_intermediate(dir: &Path, now: OffsetDateTime) -> Result<(), OpenError
     params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     params.use_authority_key_identifier_extension = true;
     let certificate = params.signed_by(&key, &issuer).map_err(make)?;
-    write_file(&dir.join(CA_KEY), &key.serialize_pem(), 0o600)?;
-    write_file(&dir.join(CA_CERT), &certificate.pem(), 0o644)
+    Ok((certificate.pem(), key.serialize_pem()))
 }
 
 /// Whether the certificate is missing, or has ended or soon will.
@@ -280,11 +367,19 @@ fn ends_soon(path: &Path, now: OffsetDateTime) -> Result<bool, OpenError> {
     if !exists(path)? {
         return Ok(true);
     }
-    let certificate = read_certificate(path)?;
-    let (_, parsed) = X509Certificate::from_der(&certificate).map_err(|_| OpenError::Pem {
+    let certificate = first(path, parse_certificates(path, &read(path)?)?)?;
+    ends_before(path, &certificate, now + RENEWED_BEFORE)
+}
+
+fn ends_before(
+    path: &Path,
+    certificate: &CertificateDer<'_>,
+    time: OffsetDateTime,
+) -> Result<bool, OpenError> {
+    let (_, parsed) = X509Certificate::from_der(certificate).map_err(|_| OpenError::Pem {
         path: path.to_owned(),
     })?;
-    Ok(parsed.validity().not_after.to_datetime() < now + RENEWED_BEFORE)
+    Ok(parsed.validity().not_after.to_datetime() < time)
 }
 
 fn authority(name: &str, life: Duration, now: OffsetDateTime) -> CertificateParams {
@@ -436,18 +531,17 @@ fn read(path: &Path) -> Result<String, OpenError> {
     })
 }
 
-fn read_key(path: &Path) -> Result<KeyPair, OpenError> {
-    tight(path, 0o600)?;
-    KeyPair::from_pem(&read(path)?).map_err(|_| OpenError::Pem {
+fn parse_key(path: &Path, text: &str) -> Result<KeyPair, OpenError> {
+    KeyPair::from_pem(text).map_err(|_| OpenError::Pem {
         path: path.to_owned(),
     })
 }
 
-fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, OpenError> {
+fn parse_certificates(path: &Path, text: &str) -> Result<Vec<CertificateDer<'static>>, OpenError> {
     let bad = || OpenError::Pem {
         path: path.to_owned(),
     };
-    let certificates: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(read(path)?.as_bytes())
+    let certificates: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(text.as_bytes())
         .collect::<Result<_, _>>()
         .map_err(|_| bad())?;
     if certificates.is_empty() {
@@ -456,13 +550,13 @@ fn read_certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, OpenEr
     Ok(certificates)
 }
 
-fn read_certificate(path: &Path) -> Result<CertificateDer<'static>, OpenError> {
-    read_certificates(path)?
-        .into_iter()
-        .next()
-        .ok_or_else(|| OpenError::Pem {
-            path: path.to_owned(),
-        })
+fn first(
+    path: &Path,
+    certificates: Vec<CertificateDer<'static>>,
+) -> Result<CertificateDer<'static>, OpenError> {
+    certificates.into_iter().next().ok_or_else(|| OpenError::Pem {
+        path: path.to_owned(),
+    })
 }
 
 /// Whole or not at all, and on the disk when this returns.

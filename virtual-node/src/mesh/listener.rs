@@ -8,7 +8,7 @@
 
 use std::{
     io,
-    net::{IpAddr, SocketAddr},
+    net::IpAddr,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
@@ -24,7 +24,7 @@ use futures::Stream;
 use pool_agent_api::HostName;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     sync::mpsc,
     time::timeout,
 };
@@ -33,7 +33,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::server::Connected;
 
 use super::metrics::Metrics;
-use crate::pool_tls::{NotExpected, PoolTls};
+use crate::{
+    incoming::{Arrived, Incoming},
+    pool_tls::{NotExpected, PoolTls},
+};
 
 /// Open connections: a pool has fewer hosts, and each needs one or two.
 const MAX_CONNECTIONS: u32 = 2048;
@@ -140,7 +143,7 @@ impl Doorway {
 
 /// Accepts for as long as the answer is polled and not dropped.
 pub fn accept(
-    listener: TcpListener,
+    mut incoming: Incoming,
     tls: Arc<PoolTls>,
     metrics: Arc<Metrics>,
     shown: &Bounds,
@@ -152,10 +155,10 @@ pub fn accept(
         let (not_accepted, refused) = (Seldom::default(), Arc::new(Seldom::allowing(TOLD)));
         loop {
             let next = tokio::select! {
-                next = listener.accept() => next,
+                next = incoming.accept() => next,
                 () = accepted.closed() => return,
             };
-            let (tcp, from) = match next {
+            let Arrived { socket, from } = match next {
                 Ok(next) => next,
                 Err(error) => {
                     if let Some(left_out) = not_accepted.due(Instant::now()) {
@@ -168,7 +171,7 @@ pub fn accept(
             let (tls, metrics, accepted) = (Arc::clone(&tls), Arc::clone(&metrics), accepted.clone());
             let (doorway, refused) = (doorway.clone(), Arc::clone(&refused));
             tokio::spawn(async move {
-                match doorway.admit(tcp, from.ip().to_canonical(), &tls).await {
+                match doorway.admit(socket, from, &tls).await {
                     // The server is gone: so is the connection.
                     Ok(stream) => {
                         accepted.send(Ok(stream)).await.ok();
@@ -181,7 +184,7 @@ pub fn accept(
     ReceiverStream::new(connections)
 }
 
-fn refuse(from: SocketAddr, reason: &Refused, metrics: &Metrics, told: &Seldom) {
+fn refuse(from: IpAddr, reason: &Refused, metrics: &Metrics, told: &Seldom) {
     if let Some(left_out) = told.due(Instant::now()) {
         tracing::warn!(%from, %reason, left_out, "mesh connection refused");
     }

@@ -89,7 +89,6 @@ impl Served {
         let pool = TestPool::new();
         let ca = tempfile::tempdir().unwrap();
         let config = Config {
-            listen: "127.0.0.1:0".parse().unwrap(),
             node_name: "spindrift".to_owned(),
             cluster: Cluster {
                 id: "Kubernetes".to_owned(),
@@ -97,10 +96,11 @@ impl Served {
                 trust_domain: "cluster.local".to_owned(),
                 domain: "cluster.local".to_owned(),
             },
-            ca_dir: ca.path().join("ca"),
         };
         let mut registry = Registry::default();
-        let control = Control::open(config, &mut registry).await.unwrap();
+        let authority = Authority::open(&ca.path().join("ca"), SystemTime::now()).unwrap();
+        let incoming = Incoming::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let control = Control::new(config, authority, incoming, &mut registry);
         let address = control.address().unwrap();
         let tls = Arc::new(PoolTls::load(pool.files("node", &pool.virtual_node())).unwrap());
         let (placements, placed) = watch::channel(Arc::new(placements()));

@@ -59,7 +59,7 @@ pub(crate) struct Cell {
     pub(crate) client: Client,
     /// Of the tenant's own cluster, to look for pods.
     pub(crate) tenants_client: Client,
-    pub(crate) settings: config::Cell,
+    pub(crate) settings: config::Claims,
     pub(crate) tenant: TenantId,
     pub(crate) node_name: String,
     /// The hosts that claims name, for the pool to reach.

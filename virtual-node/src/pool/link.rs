@@ -5,9 +5,7 @@
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use backon::BackoffBuilder;
-use pool_agent_api::{
-    HostName, Invalid, SandboxKey, SandboxStatus, Tenant, status::PodEvent, tenant::MeshControl, wire,
-};
+use pool_agent_api::{HostName, Invalid, SandboxKey, SandboxStatus, Tenant, status::PodEvent, wire};
 use tokio::sync::{mpsc, watch};
 use tracing::{Instrument, info, info_span, warn};
 
@@ -64,12 +62,7 @@ impl Link {
                 cluster_domain: cluster.domain.clone(),
                 dns_address: cluster.dns_address,
                 upstream_nameservers: cluster.upstream_nameservers.clone(),
-                mesh_control: MeshControl {
-                    address: mesh.advertise.clone(),
-                    trust_domain: mesh.trust_domain.clone(),
-                    cluster_id: mesh.cluster_id.clone(),
-                    network: mesh.network.clone(),
-                },
+                mesh_control: mesh.clone(),
             },
             node_name: node_name.clone(),
             events,

@@ -29,7 +29,7 @@ const POLL: Duration = Duration::from_secs(2);
 const PATIENCE: Duration = Duration::from_secs(15 * 60);
 
 #[derive(Debug, thiserror::Error)]
-enum RequestError {
+pub(crate) enum RequestError {
     #[error("cannot make a key and a request")]
     Make(#[from] rcgen::Error),
     #[error("the API server did not take the request, or does not show it")]
@@ -50,14 +50,14 @@ enum RequestError {
     Unfit(#[source] rustls::Error),
 }
 
-pub(super) struct Requester {
+pub(crate) struct Requester {
     client: Client,
     node_name: String,
     address: IpAddr,
 }
 
 impl Requester {
-    pub(super) fn new(client: Client, node_name: &str, address: IpAddr) -> Self {
+    pub(crate) fn new(client: Client, node_name: &str, address: IpAddr) -> Self {
         Self {
             client,
             node_name: node_name.to_owned(),
@@ -93,6 +93,12 @@ impl Requester {
     }
 
     async fn obtain(&self) -> Result<(CertifiedKey, Timestamp), RequestError> {
+        let (chain, key) = self.signed().await?;
+        pair(&chain, &key)
+    }
+
+    /// A signed chain, PEM, and its key.
+    pub(crate) async fn signed(&self) -> Result<(Vec<u8>, KeyPair), RequestError> {
         let key = KeyPair::generate()?;
         let api: Api<CertificateSigningRequest> = Api::all(self.client.clone());
         let made = api.create(&PostParams::default(), &self.request(&key)?).await?;
@@ -125,7 +131,7 @@ impl Requester {
         let pem = tokio::time::timeout(PATIENCE, polling)
             .await
             .map_err(|_| RequestError::Unapproved { name: name.clone() })??;
-        pair(&pem, &key)
+        Ok((pem, key))
     }
 
     /// Subject and names as the signer demands them: anything else it refuses.
@@ -155,7 +161,8 @@ impl Requester {
     }
 }
 
-fn pair(pem: &[u8], key: &KeyPair) -> Result<(CertifiedKey, Timestamp), RequestError> {
+/// The chain and its key as TLS uses them, and when the certificate ends.
+pub(crate) fn pair(pem: &[u8], key: &KeyPair) -> Result<(CertifiedKey, Timestamp), RequestError> {
     let chain: Vec<_> = CertificateDer::pem_slice_iter(pem)
         .collect::<Result<_, _>>()
         .map_err(RequestError::Pem)?;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use http::Method;
-use pool_agent_api::{HostName, Resources};
+use pool_agent_api::{HostName, Resources, tenant::MeshControl};
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
 use tokio::{sync::watch, task::JoinHandle};
@@ -215,8 +215,7 @@ impl World {
                 Cell {
                     client: cell.client(),
                     tenants_client: client.clone(),
-                    settings: config::Cell {
-                        kubeconfig: "/nowhere".into(),
+                    settings: config::Claims {
                         namespace: "tenant-demo".parse().unwrap(),
                         priority_class: None,
                         zone: None,
@@ -467,13 +466,11 @@ fn membership() -> Membership {
             upstream_nameservers: vec![],
             pod_range: "10.77.0.0/16".parse().unwrap(),
         },
-        mesh: config::Mesh {
-            listen: "192.0.2.1:15012".parse().unwrap(),
-            advertise: "192.0.2.1:15012".into(),
+        mesh: MeshControl {
+            address: "192.0.2.1:15012".into(),
             trust_domain: "cluster.local".into(),
             cluster_id: "Kubernetes".into(),
             network: String::new(),
-            ca_dir: "/nowhere".into(),
         },
     }
 }
