@@ -23,6 +23,8 @@ use serde_json::json;
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
+use crate::api_server::answered;
+
 /// Events not yet written. More than a burst of a hundred pods makes at once;
 /// beyond it they are dropped.
 const QUEUE: usize = 1024;
@@ -189,11 +191,13 @@ impl Writer {
                     event_time: None::<MicroTime>,
                     ..Event::default()
                 };
-                api.create(&PostParams::default(), &event).await.map(drop)
+                answered(api.create(&PostParams::default(), &event))
+                    .await
+                    .map(drop)
             }
             Write::Count { name, count } => {
                 let patch = json!({"count": count, "lastTimestamp": Time(happening.at)});
-                api.patch(name, &PatchParams::default(), &Patch::Merge(&patch))
+                answered(api.patch(name, &PatchParams::default(), &Patch::Merge(&patch)))
                     .await
                     .map(drop)
             }

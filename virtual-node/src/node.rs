@@ -35,6 +35,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{
+    api_server::answered,
     config,
     event::{Happening, Object, Recorder},
     pool::HostTable,
@@ -202,11 +203,11 @@ impl Registration {
         let name = self.identity.name.clone();
         if self.node.is_none() {
             // The watch may not have told yet.
-            self.node = match self.api.get_opt(&name).await? {
+            self.node = match answered(self.api.get_opt(&name)).await? {
                 Some(node) => Some(node),
                 None => {
                     let node = self.shape(&Node::default()).node();
-                    let made = self.api.create(&PostParams::default(), &node).await?;
+                    let made = answered(self.api.create(&PostParams::default(), &node)).await?;
                     info!(node = name, "node registered");
                     Some(made)
                 }
@@ -215,19 +216,15 @@ impl Registration {
         let Some(node) = &self.node else { return Ok(()) };
         let shape = self.shape(node);
         if let Some(patch) = shape.metadata_patch(node) {
-            let patched = self
-                .api
-                .patch(&name, &PatchParams::default(), &Patch::Strategic(&patch))
-                .await?;
+            let (parameters, patch) = (PatchParams::default(), Patch::Strategic(&patch));
+            let patched = answered(self.api.patch(&name, &parameters, &patch)).await?;
             self.node = Some(patched);
         }
         let Some(node) = &self.node else { return Ok(()) };
         let due = self.written_at.is_none_or(|at| at.elapsed() >= HEARTBEAT);
         if let Some(patch) = shape.status_patch(node, due) {
-            let patched = self
-                .api
-                .patch_status(&name, &PatchParams::default(), &Patch::Strategic(&patch))
-                .await?;
+            let (parameters, patch) = (PatchParams::default(), Patch::Strategic(&patch));
+            let patched = answered(self.api.patch_status(&name, &parameters, &patch)).await?;
             self.written_at = Some(Instant::now());
             self.announce(&patched, shape.ready());
             self.node = Some(patched);

@@ -13,6 +13,7 @@ use tokio::time::{Duration, Instant};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::review_cache::ReviewCache;
+use crate::api_server::answered;
 
 /// A kubelet's own default (`authentication.webhook.cacheTTL`).
 const KEEP: Duration = Duration::from_secs(120);
@@ -140,8 +141,7 @@ impl Authenticator {
             ..TokenReview::default()
         };
         let reviews: Api<TokenReview> = Api::all(self.client.clone());
-        let status = reviews
-            .create(&PostParams::default(), &review)
+        let status = answered(reviews.create(&PostParams::default(), &review))
             .await?
             .status
             .unwrap_or_default();

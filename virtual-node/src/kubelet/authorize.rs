@@ -8,6 +8,7 @@ use kube::{Api, Client, api::PostParams};
 use tokio::time::{Duration, Instant};
 
 use super::{attributes::Attributes, authenticate::User, review_cache::ReviewCache};
+use crate::api_server::answered;
 
 /// A kubelet's own defaults (`authorization.webhook.cache…TTL`).
 const KEEP_ALLOWED: Duration = Duration::from_secs(300);
@@ -115,8 +116,7 @@ impl Authorizer {
             ..SubjectAccessReview::default()
         };
         let reviews: Api<SubjectAccessReview> = Api::all(self.client.clone());
-        let status = reviews
-            .create(&PostParams::default(), &review)
+        let status = answered(reviews.create(&PostParams::default(), &review))
             .await?
             .status
             .unwrap_or_default();

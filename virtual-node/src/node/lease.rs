@@ -13,6 +13,8 @@ use tokio::{sync::watch, time::MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::api_server::answered;
+
 const NAMESPACE: &str = "kube-node-lease";
 const DURATION_SECONDS: i32 = 40;
 const RENEW: Duration = Duration::from_secs(10);
@@ -81,7 +83,7 @@ async fn renewed(
 ) -> Result<Lease, kube::Error> {
     let found = match held {
         Some(lease) => Some(lease),
-        None => api.get_opt(name).await?,
+        None => answered(api.get_opt(name)).await?,
     };
     match found {
         None => {
@@ -98,12 +100,12 @@ async fn renewed(
                 uid,
                 now,
             );
-            api.create(&PostParams::default(), &lease).await
+            answered(api.create(&PostParams::default(), &lease)).await
         }
         // Guarded by its version: somebody else's write is seen, not overwritten.
         Some(lease) => {
             let lease = next(lease, name, uid, now);
-            api.replace(name, &PostParams::default(), &lease).await
+            answered(api.replace(name, &PostParams::default(), &lease)).await
         }
     }
 }
@@ -133,7 +135,47 @@ fn next(mut lease: Lease, name: &str, uid: &str, now: Timestamp) -> Lease {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    };
+
+    use http::{Request, Response};
+    use http_body_util::Full;
+    use kube::client::Body;
+
     use super::*;
+
+    /// As a flow that is dropped silently: nothing says that no answer comes.
+    #[tokio::test(start_paused = true)]
+    async fn a_renewal_that_is_never_answered_is_made_again_while_the_lease_holds() {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let count = asked.clone();
+        let (answered, mut renewed) = watch::channel(false);
+        let server = tower::service_fn(move |_: Request<Body>| {
+            let first = count.fetch_add(1, Ordering::SeqCst) == 0;
+            let answered = answered.clone();
+            async move {
+                if first {
+                    std::future::pending::<()>().await;
+                }
+                answered.send_replace(true);
+                let lease = serde_json::to_vec(&Lease::default()).unwrap();
+                Ok::<_, std::convert::Infallible>(Response::new(Full::new(bytes::Bytes::from(lease))))
+            }
+        });
+        let (uid, uids) = watch::channel(Some("uid-1".to_owned()));
+        let (alive, lives) = watch::channel(true);
+        let client = Client::new(server, "default");
+        let shutdown = CancellationToken::new();
+        let task = tokio::spawn(renew(client, "n".into(), uids, lives, shutdown.clone()));
+        let holds = Duration::from_secs(DURATION_SECONDS.unsigned_abs().into());
+        let in_time = tokio::time::timeout(holds, renewed.wait_for(|answered| *answered)).await;
+        assert!(in_time.is_ok(), "asked {} times", asked.load(Ordering::SeqCst));
+        drop((uid, alive));
+        shutdown.cancel();
+        task.await.unwrap();
+    }
 
     #[test]
     fn a_renewal_only_moves_forward_and_follows_a_new_node() {
