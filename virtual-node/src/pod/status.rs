@@ -62,6 +62,9 @@ pub(crate) struct Observed<'a> {
     pub(crate) waiting: Option<Waiting>,
     /// The host of the sandbox has not been heard for a while.
     pub(crate) host_lost: bool,
+    /// Nobody has decided yet that what its containers came to is its result: until
+    /// then the phase is not final.
+    pub(crate) unsettled: bool,
     /// Nothing of it runs, and nothing will: the phase has to be final.
     pub(crate) ended: bool,
     pub(crate) now: Timestamp,
@@ -102,7 +105,11 @@ pub(crate) fn status(observed: &Observed<'_>) -> PodStatus {
         None if reported.is_some_and(ended_by_host) => Phase::Failed,
         None => phase::phase(&spec, &init, &app, observed.ended),
     };
-    let phase = old_phase.advance(computed);
+    let phase = if computed.is_final() && observed.unsettled && observed.verdict.is_none() {
+        old_phase
+    } else {
+        old_phase.advance(computed)
+    };
     if observed.host_lost && !phase.is_final() {
         for container in init.iter_mut().chain(&mut app) {
             container.ready = false;
@@ -157,7 +164,7 @@ pub(crate) fn status(observed: &Observed<'_>) -> PodStatus {
 }
 
 /// The host ended the pod for good, whatever its containers did.
-fn ended_by_host(sandbox: &SandboxStatus) -> bool {
+pub(crate) fn ended_by_host(sandbox: &SandboxStatus) -> bool {
     sandbox.state == SandboxState::Stopped
         && ["DeadlineExceeded", "Evicted"].contains(&sandbox.reason.as_str())
 }

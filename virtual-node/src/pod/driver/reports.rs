@@ -2,9 +2,10 @@
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
+use jiff::{SignedDuration, Timestamp};
 use pool_agent_api::{
     SandboxStatus,
-    status::{SandboxState, Severity},
+    status::{ContainerState, SandboxState, Severity},
 };
 use tracing::warn;
 
@@ -57,26 +58,65 @@ impl Driver {
     /// A report that ends the pod is understood as such before the lifecycle
     /// could take a stopped sandbox for a lost one.
     fn judge(&mut self, place: &Place, sandbox: &SandboxStatus) {
-        if self.lifecycle.place() != Some(place) || self.lifecycle.intent() != Intent::Run {
+        // One that has no container yet ends nothing: what is told of containers then is
+        // of an attempt before.
+        let judged = matches!(self.lifecycle.stage(), Stage::Forgetting { .. })
+            || sandbox.state == SandboxState::Preparing;
+        if self.lifecycle.place() != Some(place) || self.lifecycle.intent() != Intent::Run || judged {
             return;
         }
         let Some(pod) = self.object.clone() else { return };
         let computed = status::status(&Observed {
             sandbox: Some(sandbox),
+            unsettled: false,
             ..self.observed(&pod)
         });
         let phase = Phase::parse(computed.phase.as_deref());
-        let given_up = sandbox.notice.is_some() && sandbox.state == SandboxState::Stopped;
-        if phase.is_final() && !(given_up && phase == Phase::Failed) {
-            self.step(Event::Intended(Intent::Finish));
-        } else if given_up && self.may_not_run_again() {
-            self.conclude(Verdict {
-                reason: status::TERMINATED.into(),
-                message: format!("Pod was terminated: host {} had to give it up", place.host),
-            });
+        if self.is_given_up(place, sandbox) {
+            if sandbox.state == SandboxState::Stopped && self.may_not_run_again() {
+                self.conclude(Verdict {
+                    reason: status::TERMINATED.into(),
+                    message: format!("Pod was terminated: host {} had to give it up", place.host),
+                });
+            }
         } else if phase.is_final() {
             self.step(Event::Intended(Intent::Finish));
         }
+    }
+
+    /// Whether the end of its containers is its host's doing, and no result: it was told
+    /// to stop because the host had to give it up. What a container answers to that with
+    /// its exit code does not say that its work is done. (A kubelet whose machine shuts
+    /// down decides the same, before it sends the first signal.)
+    fn is_given_up(&self, place: &Place, sandbox: &SandboxStatus) -> bool {
+        let Some(notice) = &sandbox.notice else {
+            return false;
+        };
+        if status::ended_by_host(sandbox) {
+            return false;
+        }
+        match self.lifecycle.stage() {
+            // A pod that is to run is stopped for no other reason.
+            Stage::Stopping { place: at, .. } if at == place => true,
+            // Its host has begun, or it came to its own end before.
+            _ => {
+                let begin = SignedDuration::try_from(self.grace())
+                    .ok()
+                    .and_then(|grace| notice.deadline.checked_sub(grace).ok())
+                    .unwrap_or(Timestamp::MIN);
+                matches!(sandbox.state, SandboxState::Stopping | SandboxState::Stopped)
+                    && !ended_before(sandbox, begin)
+            }
+        }
+    }
+
+    /// The pod's own.
+    fn grace(&self) -> Duration {
+        let spec = self.object.as_ref().and_then(|pod| pod.spec.as_ref());
+        let seconds = spec
+            .and_then(|spec| spec.termination_grace_period_seconds)
+            .and_then(|seconds| u64::try_from(seconds).ok());
+        Duration::from_secs(seconds.unwrap_or(DEFAULT_GRACE))
     }
 
     /// Its host has to give it up: a drain, a preemption, the pool's operator. It is
@@ -95,15 +135,8 @@ impl Driver {
             place.host, notice.reason
         );
         self.happened(Severity::Warning, "LeavingHost", &message);
-        let spec = self.object.as_ref().and_then(|pod| pod.spec.as_ref());
-        let grace = spec
-            .and_then(|spec| spec.termination_grace_period_seconds)
-            .and_then(|seconds| u64::try_from(seconds).ok())
-            .unwrap_or(DEFAULT_GRACE);
-        self.step(Event::Noticed {
-            place,
-            grace: Duration::from_secs(grace),
-        });
+        let grace = self.grace();
+        self.step(Event::Noticed { place, grace });
     }
 
     /// The host says that it has no such sandbox.
@@ -177,4 +210,12 @@ impl Driver {
         self.missing(gone);
         true
     }
+}
+
+/// Every container of its own accord, before its host could have told it to.
+fn ended_before(sandbox: &SandboxStatus, begin: Timestamp) -> bool {
+    sandbox
+        .containers
+        .iter()
+        .all(|c| matches!(&c.state, ContainerState::Terminated(end) if end.finished_at < begin))
 }

@@ -95,6 +95,8 @@ impl Driver {
             holdup: self.holdup.as_ref(),
             waiting: self.waiting.borrow().clone(),
             host_lost: lost,
+            // Whoever judges what its host reports decides that it is done.
+            unsettled: self.lifecycle.intent() == Intent::Run,
             ended: finished || self.is_removing(),
             now: Timestamp::now(),
         }

@@ -333,6 +333,30 @@ fn a_host_cannot_claim_a_pod() {
     }
 }
 
+#[test]
+fn a_pod_that_has_to_leave_its_host_is_stopped_and_forgotten_there_before_it_has_another() {
+    let noticed = |i, attempt| Event::Noticed {
+        place: place(i, attempt),
+        grace: GRACE,
+    };
+    let running = [on_record(), seen(0, 1, SandboxState::Running)];
+    let (core, _) = after(Intent::Run, &running);
+    // Of another placement than the one on record it says nothing.
+    let (same, effects) = core.clone().step(noticed(1, 2));
+    assert_eq!((same, effects.len()), (core.clone(), 0));
+    let (core, effects) = core.step(noticed(0, 1));
+    let stop = Effect::Stop {
+        place: place(0, 1),
+        grace: GRACE,
+    };
+    assert_eq!(effects, [stop]);
+    assert_eq!(core.room(), Room::Held(&place(0, 1)));
+    let (core, effects) = core.step(seen(0, 1, SandboxState::Stopped));
+    assert_eq!(effects, [Effect::Forget(place(0, 1))]);
+    let (core, _) = core.step(Event::Forgotten(place(0, 1)));
+    assert_eq!(core.room(), Room::Wanted(place(0, 2).attempt));
+}
+
 // ---- the property, in a world of hosts, crashes and lost messages
 
 const HOSTS: usize = 3;
@@ -345,6 +369,8 @@ struct Agent {
     /// Attempts up to here are refused.
     fenced: u32,
     full: bool,
+    /// The sandbox that it has is to go.
+    notice: bool,
 }
 
 impl Agent {
@@ -365,6 +391,7 @@ impl Agent {
             return Err(RefusalReason::NoRoom);
         }
         self.sandbox = Some((attempt, SandboxState::Running));
+        self.notice = false;
         Ok(())
     }
 
@@ -409,6 +436,8 @@ enum Move {
     /// Host `usize` restarts: its sandbox is stopped.
     Reboot(usize),
     Fill(usize),
+    /// Host `usize` has to give up what it has.
+    Notice(usize),
     Delete,
     Vanish,
     Finish,
@@ -429,7 +458,8 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
         8 => host.clone().prop_map(Move::Report),
         1 => Just(Move::Crash),
         1 => host.clone().prop_map(Move::Reboot),
-        1 => host.prop_map(Move::Fill),
+        1 => host.clone().prop_map(Move::Fill),
+        2 => host.prop_map(Move::Notice),
         1 => Just(Move::Delete),
         1 => Just(Move::Vanish),
         1 => Just(Move::Finish),
@@ -579,7 +609,13 @@ impl World {
             Some((attempt, state)) => {
                 self.reported.insert(i, attempt);
                 let place = place(i, attempt);
-                self.step(Event::Seen { place, state });
+                self.step(Event::Seen {
+                    place: place.clone(),
+                    state,
+                });
+                if self.agents[i].notice {
+                    self.step(Event::Noticed { place, grace: GRACE });
+                }
             }
             None => {
                 if let Some(attempt) = self.reported.remove(&i) {
@@ -679,6 +715,7 @@ impl World {
                 }
             }
             Move::Fill(i) => self.agents[i].full = !self.agents[i].full,
+            Move::Notice(i) => self.agents[i].notice = self.agents[i].sandbox.is_some(),
             Move::Delete => {
                 if self.object_exists {
                     self.intent = Intent::Delete { grace: GRACE };
@@ -739,6 +776,8 @@ proptest! {
             (true, Intent::Run) => {
                 prop_assert_eq!(running, 1, "a pod that should run does not: {:#?}", world);
                 prop_assert!(matches!(world.core.stage(), Stage::Placed { .. }), "{:#?}", world);
+                let given_up = world.agents.iter().any(|a| a.runs() && a.notice);
+                prop_assert!(!given_up, "it stays where it has to leave: {:#?}", world);
             }
             (true, Intent::Finish) => prop_assert_eq!(running, 0, "{:#?}", world),
             (true, _) => prop_assert!(false, "a deleted pod was not removed: {world:#?}"),

@@ -101,6 +101,7 @@ fn observed<'a>(pod: &'a Pod, sandbox: Option<&'a SandboxStatus>) -> Observed<'a
         verdict: None,
         holdup: None,
         host_lost: false,
+        unsettled: false,
         ended: false,
         now: at(60),
     }

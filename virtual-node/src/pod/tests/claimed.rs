@@ -147,3 +147,65 @@ async fn a_pod_whose_host_is_gone_with_its_claim_starts_elsewhere_and_not_before
     world.bind("u-1-2", "host-b");
     world.until_called("host-b start u-1/2").await;
 }
+
+// ---- a host that gives the pod up
+
+/// Runs on host-a, whose claim is then deleted by somebody else.
+async fn given_up(policy: &str) -> World {
+    let world = World::with_cell().await;
+    world
+        .running_by_claim_with(json!({"restartPolicy": policy}))
+        .await;
+    world.a.notice("u-1");
+    world.until_called("host-a stop(30) u-1/1").await;
+    world
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_runs_once_and_had_to_leave_its_host_has_failed_by_disruption_whatever_it_exits_with() {
+    for code in [0, 143] {
+        let world = given_up("Never").await;
+        world.a.wind_down("u-1", code);
+        world.let_pass(LONG).await;
+        // Not before nothing is left of it.
+        assert_eq!((world.phase().as_str(), code), ("Running", code));
+        world.a.exit("u-1", code);
+        world.until_condition("DisruptionTarget", "True").await;
+        assert_eq!((world.phase().as_str(), code), ("Failed", code));
+        assert_eq!(world.pod()["status"]["reason"], "Terminated");
+        world.let_pass(LONG).await;
+        assert_eq!(world.claims(), ["u-1-1"], "it was given another host");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_was_done_before_it_was_told_to_leave_keeps_its_result() {
+    for (code, phase) in [(0, "Succeeded"), (1, "Failed")] {
+        let world = World::with_cell().await;
+        world
+            .running_by_claim_with(json!({"restartPolicy": "Never"}))
+            .await;
+        world.a.wind_down("u-1", code);
+        world.a.notice("u-1");
+        world.until(phase, |w| w.phase() == phase).await;
+        world.a.exit("u-1", code);
+        world.let_pass(LONG).await;
+        assert_eq!(world.phase(), phase);
+        assert_eq!(world.condition("DisruptionTarget"), "");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_that_may_run_again_is_not_done_by_leaving_its_host_with_zero() {
+    let world = given_up("OnFailure").await;
+    world.a.wind_down("u-1", 0);
+    world.let_pass(LONG).await;
+    world.a.exit("u-1", 0);
+    world.until_claims(&["u-1-2"]).await;
+    assert_eq!(world.phase(), "Running");
+    world.bind("u-1-2", "host-b");
+    world.until_called("host-b start u-1/2").await;
+    world.b.run("u-1");
+    world.until_condition("Ready", "True").await;
+    assert_eq!(world.condition(PLACED), "True: attempt 2 on host-b");
+}

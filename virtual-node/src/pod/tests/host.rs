@@ -150,6 +150,27 @@ impl Host {
         });
     }
 
+    /// Its claim is being deleted. The deadline is far off: nothing here waits for it.
+    pub(super) fn notice(&self, uid: &str) {
+        self.change(uid, |status| {
+            status.notice = Some(wire::Notice {
+                reason: "ClaimDeleted".into(),
+                deadline: Some(prost_types::Timestamp {
+                    seconds: 4_000_000_000,
+                    nanos: 0,
+                }),
+            });
+        });
+    }
+
+    /// Its container ended; what is left of the sandbox is being taken down.
+    pub(super) fn wind_down(&self, uid: &str, exit_code: i32) {
+        self.change(uid, |status| {
+            end(status, exit_code);
+            status.state = SandboxState::Stopping.into();
+        });
+    }
+
     /// Its sandbox died under it.
     pub(super) fn lose_sandbox(&self, uid: &str) {
         self.change(uid, |status| {

@@ -171,7 +171,12 @@ impl World {
 
     /// A pod that runs on host-a, by its claim.
     pub(super) async fn running_by_claim(&self) {
-        self.create("u-1", json!({}));
+        self.running_by_claim_with(json!({})).await;
+    }
+
+    /// The same, with that much more in its spec.
+    pub(super) async fn running_by_claim_with(&self, extra: Value) {
+        self.create("u-1", extra);
         self.until_claims(&["u-1-1"]).await;
         self.bind("u-1-1", "host-a");
         self.host_of("u-1").await.run("u-1");
