@@ -10,6 +10,7 @@ use std::{
 };
 
 use bounds::Bounds;
+use certificates::member::MemberError;
 use mesh_runtime::{
     control::{InvalidPoolTls, PoolTls},
     runtime::{Config as MeshConfig, MeshRuntime},
@@ -61,6 +62,10 @@ pub enum AgentError {
     Ledger(#[from] LedgerError),
     #[error("opening the records of who may use which image")]
     Images(#[source] std::io::Error),
+    #[error("the certificate that the cell signs for this host")]
+    Certificate(#[from] MemberError),
+    #[error("the configuration has no certificate of the pool, and no cell that signs one")]
+    NoTls,
     #[error("the pool's TLS")]
     Tls(#[from] tls::TlsError),
     #[error("the pool's TLS towards tenants' control planes")]
@@ -106,12 +111,29 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     }
     private(&config.run_dir)?;
     private(&config.state_dir)?;
-    let credentials = tls::Credentials::load(&config.tls)?;
+    let enrolment = config
+        .cell
+        .as_ref()
+        .map(|settings| cell::Enrolment::start(settings, layout.cell(), config.name.clone(), &shutdown));
+    let tls = match (&config.tls, &enrolment) {
+        (Some(files), _) => files.clone(),
+        (None, Some(enrolment)) => {
+            let Some(signed) = shutdown
+                .run_until_cancelled(enrolment.certificate(&shutdown))
+                .await
+            else {
+                return Ok(());
+            };
+            signed?.into()
+        }
+        (None, None) => return Err(AgentError::NoTls),
+    };
+    let credentials = tls::Credentials::load(&tls)?;
     let pool_tls = PoolTls::from_pem(
         &credentials.pem.certificate,
         &credentials.pem.key,
         &credentials.pem.ca,
-        config.tls.trust_domain.clone(),
+        tls.trust_domain.clone(),
     )?;
     let room = config.policy.room.of(config.capacity, task_slots())?;
     let (ledger, contents) = Ledger::open(&layout.ledger())?;
@@ -206,7 +228,6 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         Some(_) => Claims::Needed(Index::new(config.name.clone())),
         None => Claims::Unneeded,
     };
-    let cell_dir = shop.layout.cell();
     let host = Host::adopt(
         shop,
         board.clone(),
@@ -233,17 +254,25 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     tokio::spawn(housekeeping::collect_images(host.clone()));
     tokio::spawn(metrics::serve(metrics_listener, registry, host.clone()));
     let facts = facts(runtime_version);
-    if let (Some(settings), Claims::Needed(index)) = (config.cell, claims) {
+    if let (Some(settings), Some(enrolment), Claims::Needed(index)) = (config.cell, enrolment, claims) {
         let agent = SocketAddr::new(config.address, config.listen.port());
         let station = Station::detect(&facts, goarch());
-        cell::start(settings, cell_dir, host.clone(), index, agent, station, &shutdown);
+        cell::start(
+            settings,
+            enrolment,
+            host.clone(),
+            index,
+            agent,
+            station,
+            &shutdown,
+        );
     }
-    let credentials = tls::follow(config.tls.clone(), credentials);
+    let credentials = tls::follow(tls.clone(), credentials);
     tokio::spawn(renew_towards_control_planes(host.clone(), credentials.clone()));
     let callers = config.policy.bounds.callers();
     let doorway = tls::Doorway::new(callers, &shown);
     let calls = Calls::new(callers, &shown);
-    let callers = tls::accept(listener, config.tls.trust_domain.clone(), credentials, doorway);
+    let callers = tls::accept(listener, tls.trust_domain, credentials, doorway);
     let service =
         PoolAgentServer::new(Service::new(host.clone(), facts, calls)).max_decoding_message_size(MAX_MESSAGE);
     tracing::info!(

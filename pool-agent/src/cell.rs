@@ -3,12 +3,13 @@
 //! configuration has no `[cell]`: then all a virtual node asks for is its claim.
 //!
 //! ```text
-//!  enrol ──▶ identity ──▶ client ─┬─▶ node    what the host is, and whether it is cordoned
-//!                                 ├─▶ lease   that it lives
-//!                                 └─▶ claims ◀── host: may this sandbox start?
-//!                                       │
-//!                                       ▼
-//!                                     upkeep  claims' status, notice, end
+//!  enrol ──▶ client ─┬─▶ member  its certificate in the pool
+//!                    ├─▶ node    what the host is, and whether it is cordoned
+//!                    ├─▶ lease   that it lives
+//!                    └─▶ claims ◀── host: may this sandbox start?
+//!                          │
+//!                          ▼
+//!                        upkeep  claims' status, notice, end
 //! ```
 //!
 //! What always holds:
@@ -21,14 +22,15 @@ pub mod claims;
 
 mod duty;
 mod enrol;
-mod identity;
 mod lease;
 mod node;
 mod upkeep;
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use pool_agent_api::HostName;
+use certificates::member::{self, Member, MemberError};
+use jiff::Timestamp;
+use pool_agent_api::{HostName, Peer};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -36,7 +38,7 @@ pub use claims::{Claims, Unclaimed};
 pub use duty::Standing;
 pub use node::Station;
 
-use crate::{cell::claims::Index, host::Host};
+use crate::{causes::described, cell::claims::Index, host::Host};
 
 /// Longer than the API server takes for anything that is asked of it here. A request
 /// that is lost with its connection would be waited for until TCP gives up.
@@ -71,51 +73,111 @@ struct Cell {
     agent: SocketAddr,
 }
 
-/// Joins the cell and keeps this host in it until `shutdown`. `directory` keeps its
-/// key and certificate.
+/// This host as an applicant: what of it needs nothing but its name and a directory.
+#[derive(Clone)]
+pub struct Enrolment {
+    name: HostName,
+    clients: Clients,
+    member: Member,
+}
+
+impl Enrolment {
+    /// Joins the cell, and keeps its identity there until `shutdown`. `directory` keeps
+    /// its key and certificate.
+    pub fn start(
+        settings: &Settings,
+        directory: PathBuf,
+        name: HostName,
+        shutdown: &CancellationToken,
+    ) -> Self {
+        let (clients, seen) = watch::channel(None);
+        let machine_id = node::machine_id();
+        let member = Member {
+            directory: directory.join("pool"),
+            peer: Peer::Host(name.clone()),
+            machine_id: Some(machine_id.clone()),
+        };
+        let keep = enrol::keep(
+            settings.bootstrap_kubeconfig.clone(),
+            directory,
+            name.clone(),
+            machine_id,
+            clients,
+        );
+        keep_until(shutdown, "enrolment", keep);
+        Self {
+            name,
+            clients: seen,
+            member,
+        }
+    }
+
+    /// The files of this host's certificate in the pool, which the cell signs: those
+    /// that are there, or once it has. They are kept current until `shutdown`.
+    pub async fn certificate(&self, shutdown: &CancellationToken) -> Result<member::Files, MemberError> {
+        let mut clients = self.clients.clone();
+        let mut delays = certificates::pauses();
+        let files = match self.member.files(Timestamp::now())? {
+            Some(files) => files,
+            None => loop {
+                match self.member.join(&client(&mut clients).await).await {
+                    Ok(files) => break files,
+                    Err(error) => {
+                        let error = described(&error);
+                        tracing::warn!(error, "the cell has signed no certificate of the pool yet");
+                        tokio::time::sleep(delays.next().unwrap_or(TIMEOUT)).await;
+                    }
+                }
+            },
+        };
+        let (member, clients) = (self.member.clone(), self.clients.clone());
+        keep_until(shutdown, "certificate", async move {
+            let newest = || {
+                let mut clients = clients.clone();
+                async move { client(&mut clients).await }
+            };
+            member.keep(newest).await;
+        });
+        Ok(files)
+    }
+}
+
+fn keep_until(
+    shutdown: &CancellationToken,
+    part: &'static str,
+    task: impl Future<Output = ()> + Send + 'static,
+) {
+    let shutdown = shutdown.clone();
+    tokio::spawn(async move {
+        if shutdown.run_until_cancelled(task).await.is_some() {
+            tracing::error!(part, "a part of the cell has ended by itself");
+        }
+    });
+}
+
+/// Keeps this host in its cell until `shutdown`.
 pub fn start(
     settings: Settings,
-    directory: PathBuf,
+    enrolment: Enrolment,
     host: Host,
     index: Arc<Index>,
     agent: SocketAddr,
     station: Station,
     shutdown: &CancellationToken,
 ) {
-    let name = host.shop().host.clone();
-    let (clients, seen) = watch::channel(None);
-    index.reach(seen.clone());
+    let Enrolment { name, clients, .. } = enrolment;
+    index.reach(clients.clone());
     let cell = Cell {
         host,
-        name: name.clone(),
-        clients: seen,
+        name,
+        clients,
         index,
         agent,
     };
-    let parts: [(&str, futures::future::BoxFuture<'static, ()>); 5] = [
-        (
-            "enrolment",
-            Box::pin(enrol::keep(
-                settings.bootstrap_kubeconfig.clone(),
-                directory,
-                name,
-                station.facts.machine_id.clone(),
-                clients,
-            )),
-        ),
-        ("lease", Box::pin(lease::renew(cell.clone(), settings.lease))),
-        ("node", Box::pin(node::keep(cell.clone(), settings, station))),
-        ("claims", Box::pin(claims::watch(cell.clone()))),
-        ("upkeep", Box::pin(upkeep::keep(cell))),
-    ];
-    for (part, task) in parts {
-        let shutdown = shutdown.clone();
-        tokio::spawn(async move {
-            if shutdown.run_until_cancelled(task).await.is_some() {
-                tracing::error!(part, "a part of the cell has ended by itself");
-            }
-        });
-    }
+    keep_until(shutdown, "lease", lease::renew(cell.clone(), settings.lease));
+    keep_until(shutdown, "node", node::keep(cell.clone(), settings, station));
+    keep_until(shutdown, "claims", claims::watch(cell.clone()));
+    keep_until(shutdown, "upkeep", upkeep::keep(cell));
 }
 
 /// The answer, or an error once it is late. Whether a write that was not answered

@@ -50,7 +50,8 @@ pub struct Config {
     /// This host's own: the addresses of its pods, of all tenants, and of its tenants'
     /// routers. The underlay leads it here.
     pub pod_range: Ipv4Net,
-    pub tls: TlsFiles,
+    /// None: the cell signs this host's certificate.
+    pub tls: Option<TlsFiles>,
     pub capacity: Resources,
     /// What the host's operator allows.
     pub policy: Policy,
@@ -68,6 +69,17 @@ pub struct TlsFiles {
     pub trust_domain: String,
 }
 
+impl From<certificates::member::Files> for TlsFiles {
+    fn from(files: certificates::member::Files) -> Self {
+        Self {
+            certificate: files.identity.clone(),
+            key: files.identity,
+            ca: files.ca,
+            trust_domain: files.trust_domain,
+        }
+    }
+}
+
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
@@ -82,7 +94,7 @@ struct File {
     containerd_socket: PathBuf,
     uplink: String,
     pod_range: Ipv4Net,
-    tls: TlsFiles,
+    tls: Option<TlsFiles>,
     capacity: Option<Capacity>,
     #[serde(default)]
     policy: Policy,
@@ -232,6 +244,12 @@ impl Config {
             },
         );
         let cell = file.cell.map(Cell::checked).transpose().map_err(invalid)?;
+        if file.tls.is_none() && cell.is_none() {
+            return Err(invalid(
+                "tls: name the files of the host's certificate in the pool, or a [cell] that signs one"
+                    .into(),
+            ));
+        }
         Ok(Self {
             name,
             address: file.address,

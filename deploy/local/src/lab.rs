@@ -398,10 +398,15 @@ impl Site<'_> {
         let cell = Cell::furnish(self.layout, cluster, inside).await?;
         step.note("who lets hosts in");
         let kubeconfig = cell.kubeconfig(cell::CONTROLLER).await?;
+        let authority = PoolPki::open(self.layout).map_err(PoolError::from)?.authority();
         Component::new(cell::CONTROLLER, self.programs.program(cell::CONTROLLER)?)
             .within(&self.topology.lab)
             .path_flag("kubeconfig", &kubeconfig)
+            .path_flag("pool-ca", &authority.certificate)
+            .path_flag("pool-ca-key", &authority.key)
+            .flag("trust-domain", pool::TRUST_DOMAIN)
             .input(kubeconfig)
+            .input(authority.certificate)
             .start(self.layout, START)
             .await?;
         step.done();

@@ -1,8 +1,8 @@
 //! The pool: its own certificate authority, and an agent on each host.
 //!
 //! An operator of a real pool does what is done here: a certificate for each
-//! host and one for each tenant's virtual node, a bpffs directory, and the
-//! agent's configuration file.
+//! host and one for each tenant's virtual node (a cell signs the hosts'), a bpffs
+//! directory, and the agent's configuration file.
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -76,6 +76,14 @@ impl PoolPki {
         })
     }
 
+    /// What a cell signs its members' certificates with.
+    pub fn authority(&self) -> Credential {
+        Credential {
+            certificate: self.authority.certificate(),
+            key: self.authority.key(),
+        }
+    }
+
     pub fn host(&self, host: &Host) -> Result<PoolTls, PkiError> {
         let uri = format!("spiffe://{TRUST_DOMAIN}/host/{}", host.name);
         let subject = Subject {
@@ -129,7 +137,9 @@ struct AgentConfig {
     containerd_socket: PathBuf,
     uplink: String,
     pod_range: String,
-    tls: PoolTls,
+    /// None: its cell signs one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tls: Option<PoolTls>,
     policy: Policy,
     #[serde(skip_serializing_if = "Option::is_none")]
     cell: Option<Membership>,
@@ -254,7 +264,10 @@ pub fn agent(
         containerd_socket: runtime.socket(),
         uplink: UPLINK.into(),
         pod_range: host.pod_range.clone(),
-        tls: pki.host(host)?,
+        tls: match bootstrap_kubeconfig {
+            Some(_) => None,
+            None => Some(pki.host(host)?),
+        },
         policy: Policy::of_lab(layout.host_cgroup(&host.name)),
         cell: bootstrap_kubeconfig.map(|bootstrap_kubeconfig| Membership { bootstrap_kubeconfig }),
     };

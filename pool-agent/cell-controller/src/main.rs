@@ -1,10 +1,15 @@
 //! Lets hosts into a pool's cell: approves what a bootstrap token's host asks for
 //! (once), and what a host asks for itself, and denies everything else that is asked
-//! of the signer of nodes' certificates. See `docs/decisions/the-cell.md`.
+//! of the signer of nodes' certificates. With the pool's authority it is a signer too:
+//! of the certificates by which hosts and virtual nodes know each other. See
+//! `docs/decisions/the-cell.md`.
 //!
-//! [`rule`] decides (pure), [`round`] looks and does. Any number of these may run:
+//! [`rule`] and [`member`] decide (pure), [`round`] looks and does. Any number of these may run:
 //! each step is guarded by the version of what it was decided on.
 
+mod authority;
+mod member;
+mod request;
 mod round;
 mod rule;
 
@@ -23,6 +28,8 @@ use pool_cell::names;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
+use authority::Authority;
+
 /// How often everything is looked at though nothing was told.
 const LOOK: Duration = Duration::from_secs(5);
 
@@ -33,6 +40,16 @@ struct Arguments {
     /// How the cell is reached; else as a pod in it.
     #[arg(long)]
     kubeconfig: Option<PathBuf>,
+    /// The pool's authority, PEM: the certificate that signs, then others that are
+    /// believed too. Without it no member's certificate is signed.
+    #[arg(long, requires_all = ["pool_ca_key", "trust_domain"])]
+    pool_ca: Option<PathBuf>,
+    /// The key of its first certificate.
+    #[arg(long, requires = "pool_ca")]
+    pool_ca_key: Option<PathBuf>,
+    /// The pool's SPIFFE trust domain.
+    #[arg(long, requires = "pool_ca")]
+    trust_domain: Option<String>,
     /// What is logged, as tracing's filters have it.
     #[arg(long, env = "SPINDRIFT_LOG", default_value = "info")]
     log: String,
@@ -56,20 +73,29 @@ async fn main() -> anyhow::Result<()> {
         None => Config::incluster().context("this is no pod of the cell: say --kubeconfig")?,
     };
     let client = Client::try_from(config).context("making a client of the cell")?;
+    let authority = match (arguments.pool_ca, arguments.pool_ca_key, arguments.trust_domain) {
+        (Some(certificate), Some(key), Some(trust_domain)) => {
+            Some(Authority::read(certificate, key, trust_domain).context("--pool-ca")?)
+        }
+        _ => None,
+    };
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::select! {
-        () = keep(client) => anyhow::bail!("the watch of requests has ended"),
+        () = keep(client, authority) => anyhow::bail!("the watch of requests has ended"),
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
     Ok(())
 }
 
-async fn keep(client: Client) {
+async fn keep(client: Client, authority: Option<Authority>) {
     let requests: Api<CertificateSigningRequest> = Api::all(client.clone());
-    let config = watcher::Config::default().fields(&format!("spec.signerName={}", names::CLIENT_SIGNER));
-    let mut events = watcher(requests, config).default_backoff().boxed();
+    let of = |signer: &str| {
+        let config = watcher::Config::default().fields(&format!("spec.signerName={signer}"));
+        watcher(requests.clone(), config).default_backoff().boxed()
+    };
+    let mut events = futures::stream::select(of(names::CLIENT_SIGNER), of(names::MEMBER_SIGNER));
     let mut ticks = tokio::time::interval(LOOK);
     tracing::info!("the cell controller looks at requests");
     loop {
@@ -84,7 +110,7 @@ async fn keep(client: Client) {
             },
             _ = ticks.tick() => {}
         }
-        if let Err(error) = round::round(&client).await {
+        if let Err(error) = round::round(&client, authority.as_ref()).await {
             tracing::warn!(error = &error as &dyn std::error::Error, "a round broke off");
         }
     }

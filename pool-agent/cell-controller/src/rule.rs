@@ -18,9 +18,9 @@ use pool_cell::{HostRecord, names};
 use x509_parser::{
     certification_request::X509CertificationRequest,
     oid_registry::{OID_X509_COMMON_NAME, OID_X509_ORGANIZATION_NAME},
-    pem::parse_x509_pem,
-    prelude::FromDer,
 };
+
+use crate::request;
 
 const TOKEN_USER: &str = "system:bootstrap:";
 const NODE_USER: &str = "system:node:";
@@ -96,12 +96,7 @@ pub enum Verdict {
 
 /// None: it is another signer's, or decided.
 pub fn asked(request: &CertificateSigningRequest) -> Option<Result<Asked, Denial>> {
-    let decided = request
-        .status
-        .iter()
-        .flat_map(|s| s.conditions.iter().flatten())
-        .any(|c| matches!(c.type_.as_str(), "Approved" | "Denied" | "Failed"));
-    if decided || request.spec.signer_name != names::CLIENT_SIGNER {
+    if request::is_decided(request) || request.spec.signer_name != names::CLIENT_SIGNER {
         return None;
     }
     Some(parse(request))
@@ -145,18 +140,10 @@ fn parse(request: &CertificateSigningRequest) -> Result<Asked, Denial> {
 
 /// The host that a request in PEM is for, if it asks for nothing else.
 fn subject(pem: &[u8]) -> Result<HostName, Denial> {
-    let (rest, pem) = parse_x509_pem(pem).map_err(|_| Denial::Unreadable("it is not PEM"))?;
-    if !rest.trim_ascii().is_empty() {
-        return Err(Denial::Unreadable("something follows it"));
-    }
-    let (rest, request) = X509CertificationRequest::from_der(&pem.contents)
-        .map_err(|_| Denial::Unreadable("it is no certification request"))?;
-    if !rest.is_empty() {
-        return Err(Denial::Unreadable("something follows it"));
-    }
-    request
-        .verify_signature()
-        .map_err(|_| Denial::Unreadable("its key did not sign it"))?;
+    request::read(pem, named).map_err(Denial::Unreadable)?
+}
+
+fn named(request: &X509CertificationRequest<'_>) -> Result<HostName, Denial> {
     if request.requested_extensions().into_iter().flatten().count() > 0 {
         return Err(Denial::Extensions);
     }

@@ -38,6 +38,15 @@ pub const BOOTSTRAPPERS: &str = "system:bootstrappers:spindrift";
 pub const NODES: &str = "system:nodes";
 /// Signer of the hosts' client certificates.
 pub const CLIENT_SIGNER: &str = "kubernetes.io/kube-apiserver-client-kubelet";
+/// Signer of the certificates with which the pool's members know each other: hosts and
+/// tenants' virtual nodes.
+pub const MEMBER_SIGNER: &str = "spindrift.dev/pool-member";
+/// What a member has to know of its pool: a ConfigMap, for everybody to read.
+pub const POOL_NAMESPACE: &str = "spindrift-system";
+pub const POOL: &str = "spindrift-pool";
+/// Its keys: the roots as PEM, and the trust domain.
+pub const POOL_CA: &str = "ca.crt";
+pub const POOL_TRUST_DOMAIN: &str = "trust-domain";
 /// Where the hosts' Leases are.
 pub const LEASES: &str = "kube-node-lease";
 
@@ -46,6 +55,18 @@ const TENANT_PREFIX: &str = "tenant-";
 /// The identity of a host in the cell, as its Node.
 pub fn host_user(host: &pool_agent_api::HostName) -> String {
     format!("system:node:{host}")
+}
+
+const VIRTUAL_NODE_USER: &str = "spindrift:virtual-node:";
+
+/// The identity of a tenant's virtual node in the cell.
+pub fn virtual_node_user(tenant: &TenantId) -> String {
+    format!("{VIRTUAL_NODE_USER}{tenant}")
+}
+
+/// Whose virtual node a user is; None if it is none's.
+pub fn tenant_of_user(user: &str) -> Option<TenantId> {
+    TenantId::parse("user", user.strip_prefix(VIRTUAL_NODE_USER)?).ok()
 }
 
 /// The namespace of a tenant's claims. Refused for a tenant whose id is too long to
@@ -84,6 +105,18 @@ mod tests {
         assert_eq!(tenant_of(namespace.as_str()), Some(tenant));
         for other in ["acme", "kube-system", "tenant-", "tenant--", "tenant-a_b"] {
             assert_eq!(tenant_of(other), None, "{other}");
+        }
+        assert_eq!(
+            tenant_of_user("spindrift:virtual-node:acme").unwrap().as_str(),
+            "acme"
+        );
+        for other in [
+            "acme",
+            "spindrift:virtual-node:",
+            "spindrift:virtual-node:a/b",
+            "system:node:a",
+        ] {
+            assert_eq!(tenant_of_user(other), None, "{other}");
         }
         let long: TenantId = "x".repeat(57).parse().unwrap();
         assert!(namespace_of(&long).unwrap_err().problem.contains("56"));

@@ -11,39 +11,30 @@ use std::{
     time::Duration,
 };
 
-use backon::{BackoffBuilder, ExponentialBuilder};
+use base64::{Engine, prelude::BASE64_STANDARD};
+use certificates::{CsrError, Held, HeldError, Name, Wanted, held::write_private, pauses};
 use jiff::Timestamp;
-use k8s_openapi::{
-    ByteString,
-    api::certificates::v1::{CertificateSigningRequest, CertificateSigningRequestSpec},
-};
 use kube::{
-    Api, Client,
-    api::{ObjectMeta, PostParams},
+    Client,
     config::{AuthInfo, KubeConfigOptions, Kubeconfig},
 };
 use pool_agent_api::HostName;
 use pool_cell::names;
-use rcgen::{CertificateParams, DistinguishedName, DnType, KeyPair, PublicKeyData};
+use rcgen::{KeyPair, PublicKeyData};
+use serde_json::json;
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 
-use super::{
-    answered,
-    identity::{Identity, IdentityError, write_private},
-    refused_with,
-};
+use super::refused_with;
 use crate::causes::described;
 
-/// A request is looked at this often while it is not signed.
-const POLL: Duration = Duration::from_millis(500);
 /// A request that is not signed by then is looked at with a new connection.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Debug, thiserror::Error)]
 enum EnrolError {
     #[error(transparent)]
-    Identity(#[from] IdentityError),
+    Held(#[from] HeldError),
     #[error("making {path}")]
     Directory {
         path: PathBuf,
@@ -60,20 +51,10 @@ enum EnrolError {
     User(#[source] serde_json::Error),
     #[error("making a client of the cell")]
     Client(#[source] kube::Error),
-    #[error("making a key and a request")]
-    Request(#[from] rcgen::Error),
-    #[error("the cell did not take the request, or does not show it")]
-    Api(#[source] kube::Error),
-    #[error("the request {name} was {verdict}: {message}")]
-    Refused {
-        name: String,
-        verdict: String,
-        message: String,
-    },
-    #[error("the request {0} is not signed yet")]
-    Unsigned(String),
-    #[error("what was signed is not text")]
-    Text,
+    #[error("making a key")]
+    Key(#[from] rcgen::Error),
+    #[error(transparent)]
+    Request(#[from] CsrError),
 }
 
 struct Applicant {
@@ -97,17 +78,12 @@ pub(super) async fn keep(
         host,
         machine_id,
     };
-    let backoff = ExponentialBuilder::new()
-        .with_min_delay(Duration::from_secs(1))
-        .with_max_delay(Duration::from_secs(60))
-        .with_jitter()
-        .without_max_times();
-    let mut delays = backoff.build();
-    let mut held: Option<Identity> = None;
+    let mut delays = pauses();
+    let mut held: Option<Held> = None;
     loop {
         let wait = match applicant.next(held.as_ref()).await {
             Ok((identity, client)) => {
-                delays = backoff.build();
+                delays = pauses();
                 tracing::info!(ends = %identity.ends(), "this host has its identity in the cell");
                 clients.send_replace(Some(client));
                 held = Some(identity);
@@ -133,6 +109,10 @@ pub(super) async fn keep(
 }
 
 impl Applicant {
+    fn user(&self) -> Name {
+        Name::User(names::host_user(&self.host))
+    }
+
     fn kept(&self) -> PathBuf {
         self.directory.join("identity.pem")
     }
@@ -142,7 +122,7 @@ impl Applicant {
     }
 
     /// The identity on disk, or a new one if that is due or absent.
-    async fn next(&self, held: Option<&Identity>) -> Result<(Identity, Client), EnrolError> {
+    async fn next(&self, held: Option<&Held>) -> Result<(Held, Client), EnrolError> {
         use std::os::unix::fs::DirBuilderExt;
         std::fs::DirBuilder::new()
             .recursive(true)
@@ -155,7 +135,7 @@ impl Applicant {
         let now = Timestamp::now();
         let known = match held {
             Some(identity) => Some(identity.clone()),
-            None => match Identity::read(&self.kept(), &self.host, now) {
+            None => match Held::read(&self.kept(), &self.user(), now) {
                 Ok(found) => found,
                 Err(error) => {
                     tracing::warn!(error = described(&error), "the kept identity is of no use");
@@ -177,7 +157,7 @@ impl Applicant {
     }
 
     /// A client with an identity, or else with the bootstrap token.
-    async fn client(&self, identity: Option<&Identity>) -> Result<Client, EnrolError> {
+    async fn client(&self, identity: Option<&Held>) -> Result<Client, EnrolError> {
         let wrong = |source| EnrolError::Kubeconfig {
             path: self.kubeconfig.clone(),
             source,
@@ -187,68 +167,34 @@ impl Applicant {
             .await
             .map_err(wrong)?;
         if let Some(identity) = identity {
-            config.auth_info =
-                serde_json::from_value::<AuthInfo>(identity.user()).map_err(EnrolError::User)?;
+            config.auth_info = serde_json::from_value::<AuthInfo>(json!({
+                "client-certificate-data": BASE64_STANDARD.encode(identity.chain()),
+                "client-key-data": BASE64_STANDARD.encode(identity.key()),
+            }))
+            .map_err(EnrolError::User)?;
         }
         Client::try_from(config).map_err(EnrolError::Client)
     }
 
-    async fn apply(&self, client: &Client) -> Result<Identity, EnrolError> {
+    async fn apply(&self, client: &Client) -> Result<Held, EnrolError> {
         let key = self.key()?;
-        let name = request_name(&self.host, &key);
-        let api: Api<CertificateSigningRequest> = Api::all(client.clone());
-        let request = self.request(&name, &key)?;
-        match answered(api.create(&PostParams::default(), &request)).await {
-            Ok(_) => tracing::info!(request = name, "a certificate is asked for"),
-            // Of an earlier life of this agent.
-            Err(error) if refused_with(&error) == Some(409) => {}
-            Err(error) => return Err(EnrolError::Api(error)),
-        }
-        let chain = match self.signed(&api, &name).await {
-            Err(error @ EnrolError::Refused { .. }) => {
+        let chain = match certificates::obtain(client, &self.wanted(&key), &key, PATIENCE).await {
+            Err(error @ CsrError::Refused { .. }) => {
                 // The next request is another.
                 self.drop_pending();
-                return Err(error);
+                return Err(error.into());
             }
-            Err(EnrolError::Api(error)) if refused_with(&error) == Some(404) => {
+            Err(CsrError::Api(error)) if refused_with(&error) == Some(404) => {
                 // Too old to be kept in the cell.
                 self.drop_pending();
-                return Err(EnrolError::Api(error));
+                return Err(CsrError::Api(error).into());
             }
             other => other?,
         };
-        let identity = Identity::new(&self.host, key.serialize_pem(), chain, Timestamp::now())?;
+        let identity = Held::new(&self.user(), key.serialize_pem(), chain, Timestamp::now())?;
         identity.write(&self.kept())?;
         self.drop_pending();
         Ok(identity)
-    }
-
-    async fn signed(&self, api: &Api<CertificateSigningRequest>, name: &str) -> Result<String, EnrolError> {
-        let polling = async {
-            loop {
-                let status = answered(api.get(name)).await.map_err(EnrolError::Api)?.status;
-                let status = status.unwrap_or_default();
-                let refusal = status
-                    .conditions
-                    .iter()
-                    .flatten()
-                    .find(|c| matches!(c.type_.as_str(), "Denied" | "Failed") && c.status == "True");
-                if let Some(condition) = refusal {
-                    return Err(EnrolError::Refused {
-                        name: name.to_owned(),
-                        verdict: condition.type_.to_lowercase(),
-                        message: condition.message.clone().unwrap_or_default(),
-                    });
-                }
-                if let Some(ByteString(pem)) = status.certificate {
-                    return String::from_utf8(pem).map_err(|_| EnrolError::Text);
-                }
-                tokio::time::sleep(POLL).await;
-            }
-        };
-        tokio::time::timeout(PATIENCE, polling)
-            .await
-            .unwrap_or_else(|_| Err(EnrolError::Unsigned(name.to_owned())))
     }
 
     /// The key of the request that is under way, or a new one.
@@ -270,27 +216,16 @@ impl Applicant {
     }
 
     /// Subject and usages as the signer demands them: anything else it refuses.
-    fn request(&self, name: &str, key: &KeyPair) -> Result<CertificateSigningRequest, EnrolError> {
-        let mut subject = DistinguishedName::new();
-        subject.push(DnType::OrganizationName, names::NODES);
-        subject.push(DnType::CommonName, names::host_user(&self.host));
-        let mut parameters = CertificateParams::new(vec![])?;
-        parameters.distinguished_name = subject;
-        let request = parameters.serialize_request(key)?.pem()?;
-        Ok(CertificateSigningRequest {
-            metadata: ObjectMeta {
-                name: Some(name.to_owned()),
-                annotations: Some([(names::MACHINE.to_owned(), self.machine_id.clone())].into()),
-                ..ObjectMeta::default()
-            },
-            spec: CertificateSigningRequestSpec {
-                request: ByteString(request.into_bytes()),
-                signer_name: names::CLIENT_SIGNER.into(),
-                usages: Some(vec!["digital signature".into(), "client auth".into()]),
-                ..CertificateSigningRequestSpec::default()
-            },
-            status: None,
-        })
+    fn wanted(&self, key: &KeyPair) -> Wanted {
+        Wanted {
+            signer: names::CLIENT_SIGNER,
+            name: Some(request_name(&self.host, key)),
+            annotations: [(names::MACHINE.to_owned(), self.machine_id.clone())].into(),
+            usages: &["digital signature", "client auth"],
+            organization: Some(names::NODES),
+            common_name: names::host_user(&self.host),
+            ..Wanted::default()
+        }
     }
 }
 
@@ -329,7 +264,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let applicant = applicant(directory.path());
         let key = applicant.key().unwrap();
-        let request = applicant.request("r", &key).unwrap();
+        let request = certificates::request(&applicant.wanted(&key), &key).unwrap();
         let (_, pem) = x509_parser::pem::parse_x509_pem(&request.spec.request.0).unwrap();
         let (_, parsed) = X509CertificationRequest::from_der(&pem.contents).unwrap();
         let info = &parsed.certification_request_info;

@@ -40,7 +40,7 @@ impl Station {
         Self {
             facts: NodeFacts {
                 boot_id: facts.boot_id.clone(),
-                machine_id: read("/etc/machine-id"),
+                machine_id: machine_id(),
                 system_uuid: read("/sys/class/dmi/id/product_uuid"),
                 kernel_version: facts.kernel_version.clone(),
                 os_image: facts.os_image.clone(),
@@ -49,6 +49,12 @@ impl Station {
             },
         }
     }
+}
+
+/// `machine-id(5)`; empty where there is none.
+pub(super) fn machine_id() -> String {
+    let text = std::fs::read_to_string("/etc/machine-id").unwrap_or_default();
+    text.trim().to_owned()
 }
 
 struct Keeper {

@@ -1,26 +1,25 @@
-//! This host's identity in the cell: a key that was made here and a certificate for
-//! `system:node:HOST`, in one file that only root reads.
+//! A key that was made here and a certificate for it, in one file that only its owner
+//! reads.
 
 use std::{
-    fs,
+    fmt, fs,
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use base64::{Engine, prelude::BASE64_STANDARD};
 use jiff::Timestamp;
-use pool_agent_api::HostName;
-use pool_cell::names;
 use rustls::{crypto::aws_lc_rs, sign::CertifiedKey};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
-use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
-use x509_parser::prelude::{FromDer, X509Certificate};
+use x509_parser::{
+    extensions::GeneralName,
+    prelude::{FromDer, X509Certificate},
+};
 
 #[derive(Debug, thiserror::Error)]
-pub enum IdentityError {
+pub enum HeldError {
     #[error("reading or writing {path}")]
     File {
         path: PathBuf,
@@ -33,15 +32,56 @@ pub enum IdentityError {
     X509,
     #[error("the certificate does not fit its key")]
     Unfit(#[source] rustls::Error),
-    #[error("the certificate is of {found}, not of {wanted}")]
-    Foreign { found: String, wanted: String },
+    #[error("the certificate is of {found:?}, not of {wanted}")]
+    Foreign { found: Vec<String>, wanted: Name },
     #[error("the certificate has ended at {0}")]
     Ended(Timestamp),
 }
 
+/// Whom a certificate has to name, and nobody else.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Name {
+    /// By its common name.
+    User(String),
+    /// By its one URI.
+    Uri(String),
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::User(name) | Self::Uri(name)) = self;
+        f.write_str(name)
+    }
+}
+
+impl Name {
+    /// Those of its kind that a certificate has.
+    fn found(&self, certificate: &X509Certificate<'_>) -> Vec<String> {
+        match self {
+            Self::User(_) => certificate
+                .subject()
+                .iter_common_name()
+                .filter_map(|name| name.as_str().ok())
+                .map(str::to_owned)
+                .collect(),
+            Self::Uri(_) => certificate
+                .subject_alternative_name()
+                .ok()
+                .flatten()
+                .iter()
+                .flat_map(|names| &names.value.general_names)
+                .filter_map(|name| match name {
+                    GeneralName::URI(uri) => Some((*uri).to_owned()),
+                    _ => None,
+                })
+                .collect(),
+        }
+    }
+}
+
 /// Valid when it was made or read.
 #[derive(Clone)]
-pub struct Identity {
+pub struct Held {
     key: String,
     chain: String,
     begins: Timestamp,
@@ -50,35 +90,30 @@ pub struct Identity {
     digest: u8,
 }
 
-impl Identity {
+impl Held {
     /// `key` and `chain` as PEM.
-    pub fn new(host: &HostName, key: String, chain: String, now: Timestamp) -> Result<Self, IdentityError> {
+    pub fn new(name: &Name, key: String, chain: String, now: Timestamp) -> Result<Self, HeldError> {
         let certificates: Vec<_> = CertificateDer::pem_slice_iter(chain.as_bytes())
             .collect::<Result<_, _>>()
-            .map_err(IdentityError::Pem)?;
-        let leaf = certificates.first().ok_or(IdentityError::X509)?.clone();
-        let (_, parsed) = X509Certificate::from_der(&leaf).map_err(|_| IdentityError::X509)?;
-        let names: Vec<_> = parsed
-            .subject()
-            .iter_common_name()
-            .filter_map(|cn| cn.as_str().ok())
-            .collect();
-        let wanted = names::host_user(host);
-        if names != [wanted.as_str()] {
-            return Err(IdentityError::Foreign {
-                found: names.join(", "),
-                wanted,
+            .map_err(HeldError::Pem)?;
+        let leaf = certificates.first().ok_or(HeldError::X509)?.clone();
+        let (_, parsed) = X509Certificate::from_der(&leaf).map_err(|_| HeldError::X509)?;
+        let found = name.found(&parsed);
+        if found != [name.to_string()] {
+            return Err(HeldError::Foreign {
+                found,
+                wanted: name.clone(),
             });
         }
-        let time = |seconds| Timestamp::from_second(seconds).map_err(|_| IdentityError::X509);
+        let time = |seconds| Timestamp::from_second(seconds).map_err(|_| HeldError::X509);
         let begins = time(parsed.validity().not_before.timestamp())?;
         let ends = time(parsed.validity().not_after.timestamp())?;
         if ends <= now {
-            return Err(IdentityError::Ended(ends));
+            return Err(HeldError::Ended(ends));
         }
-        let private = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(IdentityError::Pem)?;
+        let private = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(HeldError::Pem)?;
         CertifiedKey::from_der(certificates, private, &aws_lc_rs::default_provider())
-            .map_err(IdentityError::Unfit)?;
+            .map_err(HeldError::Unfit)?;
         let digest = Sha256::digest(&leaf)[0];
         Ok(Self {
             key,
@@ -90,12 +125,12 @@ impl Identity {
     }
 
     /// None if there is no file.
-    pub fn read(path: &Path, host: &HostName, now: Timestamp) -> Result<Option<Self>, IdentityError> {
+    pub fn read(path: &Path, name: &Name, now: Timestamp) -> Result<Option<Self>, HeldError> {
         let text = match fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => {
-                return Err(IdentityError::File {
+                return Err(HeldError::File {
                     path: path.to_owned(),
                     source,
                 });
@@ -104,23 +139,25 @@ impl Identity {
         // The key stands first.
         let at = text.find("-----BEGIN CERTIFICATE-----").unwrap_or(text.len());
         let (key, chain) = text.split_at(at);
-        Self::new(host, key.to_owned(), chain.to_owned(), now).map(Some)
+        Self::new(name, key.to_owned(), chain.to_owned(), now).map(Some)
     }
 
-    pub fn write(&self, path: &Path) -> Result<(), IdentityError> {
+    pub fn write(&self, path: &Path) -> Result<(), HeldError> {
         write_private(path, &format!("{}{}", self.key, self.chain))
     }
 
-    /// As a kubeconfig's user.
-    pub fn user(&self) -> Value {
-        json!({
-            "client-certificate-data": BASE64_STANDARD.encode(&self.chain),
-            "client-key-data": BASE64_STANDARD.encode(&self.key),
-        })
+    /// PEM.
+    pub fn key(&self) -> &str {
+        &self.key
+    }
+
+    /// PEM, the leaf first.
+    pub fn chain(&self) -> &str {
+        &self.chain
     }
 
     /// How long to wait before asking for another: until 70 to 90 % of its life are
-    /// over, so that hosts that joined together do not ask together.
+    /// over, so that those who asked together do not ask together again.
     pub fn renewal(&self, now: Timestamp) -> Duration {
         let life = Duration::try_from(self.ends.duration_since(self.begins)).unwrap_or_default();
         let share = 0.7 + 0.2 * f64::from(self.digest) / 256.0;
@@ -140,8 +177,17 @@ impl Identity {
     }
 }
 
-/// Whole or not at all, and for root alone.
-pub fn write_private(path: &Path, content: &str) -> Result<(), IdentityError> {
+/// Whole or not at all, and for its owner alone.
+pub fn write_private(path: &Path, content: &str) -> Result<(), HeldError> {
+    write(path, content, 0o600)
+}
+
+/// Whole or not at all.
+pub(crate) fn write_public(path: &Path, content: &str) -> Result<(), HeldError> {
+    write(path, content, 0o644)
+}
+
+fn write(path: &Path, content: &str, mode: u32) -> Result<(), HeldError> {
     let beside = path.with_extension("new");
     let write = || -> io::Result<()> {
         match fs::remove_file(&beside) {
@@ -151,14 +197,14 @@ pub fn write_private(path: &Path, content: &str) -> Result<(), IdentityError> {
         let mut file = fs::OpenOptions::new()
             .write(true)
             .create_new(true)
-            .mode(0o600)
+            .mode(mode)
             .open(&beside)?;
         file.write_all(content.as_bytes())?;
         file.sync_all()?;
         fs::rename(&beside, path)?;
         fs::File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
     };
-    write().map_err(|source| IdentityError::File {
+    write().map_err(|source| HeldError::File {
         path: path.to_owned(),
         source,
     })
@@ -189,45 +235,45 @@ mod tests {
 
     #[test]
     fn an_identity_is_found_again_as_it_was_kept_and_nobody_else_reads_it() {
-        let host: HostName = "host-a".parse().unwrap();
+        let host = Name::User("system:node:host-a".into());
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("identity.pem");
-        assert!(Identity::read(&path, &host, day(1)).unwrap().is_none());
+        assert!(Held::read(&path, &host, day(1)).unwrap().is_none());
         let (key, chain) = signed("system:node:host-a", 100);
-        let identity = Identity::new(&host, key, chain, day(1)).unwrap();
+        let identity = Held::new(&host, key, chain, day(1)).unwrap();
         identity.write(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-        let found = Identity::read(&path, &host, day(1)).unwrap().unwrap();
-        assert_eq!(found.user(), identity.user());
+        let found = Held::read(&path, &host, day(1)).unwrap().unwrap();
+        assert_eq!((found.key(), found.chain()), (identity.key(), identity.chain()));
     }
 
     #[test]
     fn another_hosts_certificate_an_ended_one_and_one_of_another_key_are_refused() {
-        let host: HostName = "host-a".parse().unwrap();
+        let host = Name::User("system:node:host-a".into());
         let (key, chain) = signed("system:node:host-a", 100);
         let (other_key, other_chain) = signed("system:node:host-b", 100);
         let refused =
-            |key: &str, chain: &str, now| Identity::new(&host, key.to_owned(), chain.to_owned(), now).err();
+            |key: &str, chain: &str, now| Held::new(&host, key.to_owned(), chain.to_owned(), now).err();
         assert!(matches!(
             refused(&other_key, &other_chain, day(1)),
-            Some(IdentityError::Foreign { .. })
+            Some(HeldError::Foreign { .. })
         ));
         assert!(matches!(
             refused(&other_key, &chain, day(1)),
-            Some(IdentityError::Unfit(_))
+            Some(HeldError::Unfit(_))
         ));
         assert!(matches!(
             refused(&key, &chain, day(100)),
-            Some(IdentityError::Ended(_))
+            Some(HeldError::Ended(_))
         ));
         assert!(refused(&key, &chain, day(99)).is_none());
     }
 
     #[test]
     fn it_is_renewed_between_seventy_and_ninety_percent_of_its_life() {
-        let host: HostName = "host-a".parse().unwrap();
+        let host = Name::User("system:node:host-a".into());
         let (key, chain) = signed("system:node:host-a", 100);
-        let identity = Identity::new(&host, key, chain, day(1)).unwrap();
+        let identity = Held::new(&host, key, chain, day(1)).unwrap();
         assert!(!identity.due(day(69)));
         assert!(identity.due(day(91)));
     }
