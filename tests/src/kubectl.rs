@@ -38,6 +38,14 @@ impl Kubectl {
         }
     }
 
+    /// kubectl of the pool's operator, for one namespace of the lab's cell.
+    pub fn of_cell(lab: &Lab, namespace: &str) -> Self {
+        Self {
+            kubeconfig: lab.layout().cell_kubeconfig().into(),
+            ..Self::new(lab, namespace)
+        }
+    }
+
     /// Runs it to its end, whatever that is.
     pub async fn ask(&self, words: &[&str]) -> anyhow::Result<Answer> {
         self.ask_with(words, "").await

@@ -1,9 +1,12 @@
 //! Clients of API servers, and single requests to one: each has an end. A watch has
 //! none, and is not made here.
 
+mod bounded;
+
 use std::time::Duration;
 
-use kube::{Client, Config, Error};
+use bounded::Bounding;
+use kube::{Client, Config, Error, client::ClientBuilder};
 
 /// TCP and TLS together.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -24,4 +27,13 @@ pub(crate) async fn answered<T>(request: impl Future<Output = Result<T, Error>>)
 pub(crate) fn client(mut settings: Config) -> Result<Client, Error> {
     settings.connect_timeout = Some(CONNECT);
     Client::try_from(settings)
+}
+
+/// A client of a server that nobody answers for: what it sends, and how many requests
+/// wait for it, is bounded.
+pub(crate) fn tenants_client(mut settings: Config) -> Result<Client, Error> {
+    settings.connect_timeout = Some(CONNECT);
+    Ok(ClientBuilder::try_from(settings)?
+        .with_layer(&Bounding::new())
+        .build())
 }

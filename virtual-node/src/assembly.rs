@@ -76,7 +76,6 @@ pub(crate) enum Hosts {
 
 /// A node that runs. Dropped, it ends at once.
 pub(crate) struct Assembly {
-    #[allow(dead_code, reason = "read by who keeps many")]
     node: watch::Receiver<Option<Arc<Node>>>,
     parts: JoinSet<(&'static str, anyhow::Result<()>)>,
 }
@@ -207,7 +206,6 @@ impl Assembly {
     }
 
     /// The Node as last seen or written.
-    #[allow(dead_code, reason = "read by who keeps many")]
     pub(crate) fn node(&self) -> watch::Receiver<Option<Arc<Node>>> {
         self.node.clone()
     }

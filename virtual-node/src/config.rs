@@ -13,7 +13,7 @@ use std::{
 use ipnet::IpNet;
 use pool_agent_api::{HostName, Invalid, Namespace, PodName, Resources, TenantId};
 use pool_cell::OwnerUid;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::quantity;
 
@@ -141,7 +141,7 @@ pub struct Taint {
     pub effect: TaintEffect,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize)]
 pub enum TaintEffect {
     NoSchedule,
     PreferNoSchedule,
@@ -283,11 +283,7 @@ impl Config {
     }
 
     fn check(file: file::Config) -> Result<Self, Invalid> {
-        // The same rule as for pods; a node's name ends in labels and host names.
-        let node_name = PodName::parse("node_name", file.node_name)?;
-        if node_name.as_str().len() > 63 {
-            return Err(Invalid::new("node_name", "must have at most 63 characters"));
-        }
+        let node_name = node_name("node_name", file.node_name)?;
         let certificate = match (file.kubelet_certificate, file.kubelet_key) {
             (Some(certificate), Some(key)) => Some((certificate, key)),
             (None, None) => None,
@@ -329,7 +325,7 @@ impl Config {
         }
         let pod_range = network("cluster_pod_range", file.cluster_pod_range)?;
         Ok(Self {
-            node_name: node_name.into(),
+            node_name,
             tenant,
             kubeconfig: file.kubeconfig,
             address: file.address,
@@ -381,7 +377,21 @@ impl Config {
     }
 }
 
-fn network(field: &str, net: IpNet) -> Result<IpNet, Invalid> {
+/// The same rule as for pods; a node's name ends in labels and host names.
+pub(crate) fn node_name(field: &str, name: String) -> Result<String, Invalid> {
+    let name = PodName::parse(field, name)?;
+    if name.as_str().len() > 63 {
+        return Err(Invalid::new(field, "must have at most 63 characters"));
+    }
+    Ok(name.into())
+}
+
+/// The value of a label.
+pub(crate) fn label(field: &str, value: String) -> Result<String, Invalid> {
+    OwnerUid::parse(field, value).map(|value| value.as_str().to_owned())
+}
+
+pub(crate) fn network(field: &str, net: IpNet) -> Result<IpNet, Invalid> {
     if net != net.trunc() {
         return Err(Invalid::new(
             field,
@@ -414,7 +424,7 @@ fn hosts(hosts: Vec<file::PoolHost>) -> Result<Vec<PoolHost>, Invalid> {
 fn claimed(cell: file::Cell, tenant: &TenantId) -> Result<Cell, Invalid> {
     let label = |field: &str, value: Option<String>| {
         value
-            .map(|value| OwnerUid::parse(&format!("cell.{field}"), value).map(|v| v.as_str().to_owned()))
+            .map(|value| label(&format!("cell.{field}"), value))
             .transpose()
     };
     Ok(Cell {

@@ -59,7 +59,9 @@ use crate::{
 use authenticate::Authenticator;
 use authorize::Authorizer;
 use doorway::{Doorway, Standing};
-pub(crate) use serving::{Authority as ClientAuthority, Certificate, ServingError};
+pub(crate) use serving::{
+    Authority as ClientAuthority, Certificate, ServingError, check as check_clients, request,
+};
 
 /// A client that has not finished its handshake by then is hung up on.
 const HANDSHAKE: Duration = Duration::from_secs(10);

@@ -6,6 +6,7 @@ mod api_server;
 mod assembly;
 pub mod config;
 mod event;
+pub mod fleet;
 pub mod incoming;
 mod kubelet;
 pub mod mesh;

@@ -19,6 +19,13 @@ use crate::{
 };
 
 const CELL: &str = include_str!("../../cell/cell.yaml");
+const VIRTUAL_NODES: [(&str, &str); 2] = [
+    ("virtualnodes.yaml", include_str!("../../cell/virtualnodes.yaml")),
+    (
+        "virtual-nodes.yaml",
+        include_str!("../../cell/virtual-nodes.yaml"),
+    ),
+];
 const TENANT: &str = include_str!("../../cell/tenant.yaml");
 const HOST_TOKEN: &str = include_str!("../../cell/host-token.yaml");
 
@@ -80,6 +87,9 @@ impl Cell {
             source,
         })?;
         cluster.apply("cell.yaml", CELL, &[]).await?;
+        for (name, manifest) in VIRTUAL_NODES {
+            cluster.apply(name, manifest, &[]).await?;
+        }
         Ok(Self {
             cluster,
             endpoint,

@@ -23,6 +23,7 @@ use crate::{
     containerd::{self, ContainerdError, Runtime},
     control_plane::{ControlPlane, ControlPlaneError, Endpoint, Owner, write_kubeconfig},
     file::{self, Mode},
+    fleet::{self, FleetError},
     images::Images,
     instance::{InstanceName, Layout},
     netns::Namespace,
@@ -152,6 +153,8 @@ pub enum LabError {
     Cluster(#[from] ClusterError),
     #[error(transparent)]
     Cell(#[from] CellError),
+    #[error(transparent)]
+    Fleet(#[from] FleetError),
     #[error("cannot remove a namespace")]
     Namespace(#[source] ToolError),
 }
@@ -168,6 +171,8 @@ pub struct Lab {
     layout: Layout,
     topology: Topology,
     cluster: Cluster,
+    /// How its API server is reached from inside the lab.
+    endpoint: Endpoint,
     cell: Option<Cell>,
     runtimes: Vec<Runtime>,
     images: Images,
@@ -240,6 +245,7 @@ impl Lab {
             layout,
             topology,
             cluster,
+            endpoint,
             cell,
             runtimes,
             images,
@@ -261,6 +267,17 @@ impl Lab {
     /// None where the hosts are written into the virtual node's configuration.
     pub fn cell(&self) -> Option<&Cell> {
         self.cell.as_ref()
+    }
+
+    /// Lets another tenant in, for a VirtualNode of the node `node` in the lab's
+    /// cluster; false without a cell.
+    pub async fn enroll(&self, tenant: &str, node: &str) -> Result<bool, LabError> {
+        let Some(cell) = &self.cell else {
+            return Ok(false);
+        };
+        let (layout, cluster, endpoint) = (&self.layout, &self.cluster, &self.endpoint);
+        fleet::enroll(layout, cell, cluster, endpoint, tenant, node, &cell::QUOTA).await?;
+        Ok(true)
     }
 
     pub fn client(&self) -> kube::Client {
@@ -564,7 +581,13 @@ impl Site<'_> {
             }
             None => None,
         };
-        step.note("certificates");
+        if let Some(cell) = cell {
+            step.note("those who serve virtual nodes of the cell");
+            for replica in fleet::replicas(self.topology, cell, self.programs).await? {
+                replica.start(self.layout, START).await?;
+            }
+        }
+        step.note("its own certificates");
         let node = node::join(
             self.layout,
             self.topology,

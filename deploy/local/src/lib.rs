@@ -18,6 +18,7 @@ pub mod containerd;
 pub mod control_plane;
 pub mod demo;
 mod file;
+pub mod fleet;
 pub mod images;
 pub mod instance;
 pub mod lab;

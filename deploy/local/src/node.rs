@@ -30,7 +30,7 @@ pub const KUBELET_PORT: u16 = 10250;
 const MESH_PORT: u16 = 15012;
 /// On the lab namespace's loopback.
 pub const METRICS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 9465);
-const RBAC: &str = include_str!("../manifests/rbac.yaml");
+pub(crate) const RBAC: &str = include_str!("../manifests/rbac.yaml");
 
 #[derive(Debug, thiserror::Error)]
 pub enum NodeError {

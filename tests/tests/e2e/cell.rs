@@ -1,6 +1,8 @@
 //! Pods whose hosts are claimed in the pool's own cluster, its cell. These run where
 //! the lab has one (`SPINDRIFT_TEST_CELL=true`), as does every other test then.
 
+mod virtual_nodes;
+
 use std::collections::BTreeSet;
 
 use anyhow::{Context, ensure};
@@ -37,6 +39,7 @@ pub(crate) fn tests() -> Vec<Case> {
         a_cell_that_is_away_disturbs_nothing_and_new_pods_wait_for_it,
         a_drained_host_gives_its_pods_up_and_each_starts_elsewhere,
     ]);
+    all.extend(virtual_nodes::tests());
     all
 }
 

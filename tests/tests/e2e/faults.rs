@@ -60,7 +60,7 @@ async fn create_ten(scope: &Scope) -> anyhow::Result<BTreeMap<String, String>> {
 }
 
 /// Waits until so many pods run.
-async fn running(scope: &Scope, count: usize) -> anyhow::Result<()> {
+pub(crate) async fn running(scope: &Scope, count: usize) -> anyhow::Result<()> {
     let pods: Api<Pod> = scope.api();
     scope
         .wait_within(
@@ -85,7 +85,7 @@ async fn running(scope: &Scope, count: usize) -> anyhow::Result<()> {
 /// Every pod ends Running exactly once: the same pods, and on all hosts together one
 /// sandbox and one container that runs each. `cut_off` of a pod's runs may have been
 /// ended in their start: such a run counts as a restart, as under a kubelet.
-async fn each_runs_exactly_once(
+pub(crate) async fn each_runs_exactly_once(
     scope: &Scope,
     made: &BTreeMap<String, String>,
     cut_off: usize,

@@ -81,11 +81,7 @@ impl ResolvesServerCert for Current {
 #[derive(Debug, Clone)]
 pub(crate) enum Authority {
     File(PathBuf),
-    #[allow(dead_code, reason = "of a node that no file describes")]
-    Pem {
-        called: PathBuf,
-        pem: Vec<u8>,
-    },
+    Pem { called: PathBuf, pem: Vec<u8> },
 }
 
 impl Authority {
@@ -112,7 +108,6 @@ pub(crate) enum Certificate {
     /// Asked for by CSR, and kept in memory.
     Requested,
     /// Somebody else's to keep; none yet at first.
-    #[allow(dead_code, reason = "of a node that no file describes")]
     Given(watch::Receiver<Option<Arc<CertifiedKey>>>),
 }
 
@@ -211,7 +206,6 @@ fn load(certificate: &Path, key: &Path) -> Result<CertifiedKey, ServingError> {
 }
 
 /// Whether `authority` can be one: what is refused is refused before anything starts.
-#[allow(dead_code, reason = "of a node that no file describes")]
 pub(crate) fn check(authority: &Authority) -> Result<(), ServingError> {
     client_verifier(authority).map(drop)
 }

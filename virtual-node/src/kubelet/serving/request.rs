@@ -109,7 +109,8 @@ impl Requester {
         );
         let polling = async {
             loop {
-                let status = api.get_status(&name).await?.status.unwrap_or_default();
+                // Not its status: a node may read the request and no part of it.
+                let status = api.get(&name).await?.status.unwrap_or_default();
                 let refusal = status
                     .conditions
                     .iter()

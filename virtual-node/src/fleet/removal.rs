@@ -1,0 +1,113 @@
+//! A node taken out of its tenant's cluster: cordoned, its pods evicted and later
+//! deleted, the Node gone, its claims in the cell too.
+//!
+//! Every step is looked up anew and may be repeated. While it goes on the node is
+//! served as ever, so that its pods end as they should.
+
+use std::time::Duration;
+
+use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::{
+    Api, Client, Error, ResourceExt,
+    api::{DeleteParams, EvictParams, ListParams, Patch, PatchParams, Preconditions},
+};
+use serde_json::json;
+use tokio::time::Instant;
+
+use crate::api_server::answered;
+
+/// How long disruption budgets are asked; then pods are deleted, with their grace.
+const EVICTION: Duration = Duration::from_secs(300);
+const LOOK: Duration = Duration::from_secs(2);
+/// Pods of one look: more are dealt with in the next.
+const AT_ONCE: u32 = 100;
+
+/// Cordons the node, and asks its pods to go until none is left. `tell` is told how
+/// many are.
+pub(crate) async fn drain(client: Client, node: &str, mut tell: impl FnMut(usize)) -> Result<(), Error> {
+    let nodes = Api::<Node>::all(client.clone());
+    let cordon = Patch::Strategic(json!({"spec": {"unschedulable": true}}));
+    match answered(nodes.patch(node, &PatchParams::default(), &cordon)).await {
+        // It is gone already; pods may be bound to it all the same.
+        Err(Error::Api(refused)) if refused.code == 404 => {}
+        patched => drop(patched?),
+    }
+    let began = Instant::now();
+    let all = Api::<Pod>::all(client.clone());
+    let of_node = ListParams::default()
+        .fields(&format!("spec.nodeName={node}"))
+        .limit(AT_ONCE);
+    loop {
+        let pods = answered(all.list(&of_node)).await?;
+        if pods.items.is_empty() {
+            return Ok(());
+        }
+        tell(pods.items.len());
+        for pod in pods
+            .items
+            .iter()
+            .filter(|pod| pod.metadata.deletion_timestamp.is_none())
+        {
+            let own = Api::<Pod>::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
+            let name = pod.name_any();
+            let same = DeleteParams::default().preconditions(Preconditions {
+                uid: pod.metadata.uid.clone(),
+                resource_version: None,
+            });
+            let asked = if began.elapsed() < EVICTION {
+                let eviction = EvictParams {
+                    delete_options: Some(same),
+                    ..EvictParams::default()
+                };
+                answered(own.evict(&name, &eviction)).await.map(drop)
+            } else {
+                answered(own.delete(&name, &same)).await.map(drop)
+            };
+            match asked {
+                // Gone, another of its name, or its budget allows none now.
+                Err(Error::Api(refused)) if [404, 409, 429].contains(&refused.code) => {}
+                asked => asked?,
+            }
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// Deletes the Node, if it is the one that was registered here.
+pub(crate) async fn unregister(client: Client, node: &str, uid: &str) -> Result<(), Error> {
+    let same = DeleteParams::default().preconditions(Preconditions {
+        uid: Some(uid.to_owned()),
+        resource_version: None,
+    });
+    match answered(Api::<Node>::all(client).delete(node, &same)).await {
+        Err(Error::Api(refused)) if [404, 409].contains(&refused.code) => Ok(()),
+        deleted => deleted.map(drop),
+    }
+}
+
+/// Deletes what is left of the node's claims in the cell; how many there were. Their
+/// hosts end what runs for them.
+pub(crate) async fn release_claims(cell: Client, namespace: &str, node: &str) -> Result<usize, Error> {
+    let claims = Api::<Pod>::namespaced(cell, namespace);
+    let all = answered(claims.list(&ListParams::default())).await?;
+    let mut left = 0;
+    for claim in all {
+        let annotations = claim.metadata.annotations.as_ref();
+        if annotations
+            .and_then(|a| a.get(pool_cell::names::NODE))
+            .map(String::as_str)
+            != Some(node)
+        {
+            continue;
+        }
+        left += 1;
+        if claim.metadata.deletion_timestamp.is_some() {
+            continue;
+        }
+        match answered(claims.delete(&claim.name_any(), &DeleteParams::default())).await {
+            Err(Error::Api(refused)) if refused.code == 404 => {}
+            deleted => drop(deleted?),
+        }
+    }
+    Ok(left)
+}
