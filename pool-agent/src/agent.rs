@@ -47,6 +47,11 @@ use crate::{
 
 /// How long calls may go on once the agent is told to stop.
 const FAREWELL: Duration = Duration::from_secs(3);
+/// A virtual node has one connection: logs and sessions that its tenant's users look
+/// at, and as many calls. Beneath it, each kind has a share of its own ([`Calls`]).
+const STREAMS_PER_CONNECTION: u32 = 384;
+/// Bytes of a call's headers.
+const MAX_HEADERS: u32 = 8 << 10;
 /// The runtime may be starting beside us.
 const RUNTIME_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -274,7 +279,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     let calls = Calls::new(callers, &shown);
     let callers = tls::accept(listener, tls.trust_domain, credentials, doorway);
     let service =
-        PoolAgentServer::new(Service::new(host.clone(), facts, calls)).max_decoding_message_size(MAX_MESSAGE);
+        PoolAgentServer::new(Service::new(host.clone(), facts)).max_decoding_message_size(MAX_MESSAGE);
     tracing::info!(
         host = %config.name, listen = %config.listen, generation,
         capacity = ?room.capacity, allocatable = ?room.allocatable, "the agent serves"
@@ -283,7 +288,9 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     let serving = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(20)))
         .http2_keepalive_timeout(Some(Duration::from_secs(20)))
-        .max_concurrent_streams(1024)
+        .max_concurrent_streams(STREAMS_PER_CONNECTION)
+        .http2_max_header_list_size(MAX_HEADERS)
+        .layer(calls)
         .add_service(service)
         .serve_with_incoming_shutdown(callers, async move { stopping.cancelled().await });
     let farewell = async {

@@ -25,7 +25,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use tracing::Instrument;
 
-use calls::{Call, Counted, Kind};
+use calls::{Call, Counted};
 
 pub use calls::Calls;
 
@@ -56,12 +56,12 @@ pub struct Facts {
 pub struct Service {
     host: Host,
     facts: Facts,
-    calls: Calls,
 }
 
 impl Service {
-    pub fn new(host: Host, facts: Facts, calls: Calls) -> Self {
-        Self { host, facts, calls }
+    /// To be served beneath [`Calls`].
+    pub fn new(host: Host, facts: Facts) -> Self {
+        Self { host, facts }
     }
 }
 
@@ -71,6 +71,15 @@ fn caller<T>(request: &Request<T>) -> Result<TenantId, Status> {
         .get::<Caller>()
         .map(|caller| caller.0.clone())
         .ok_or_else(|| Status::unauthenticated("the connection has no tenant"))
+}
+
+/// What counts it, until what was asked for is done.
+fn call<T>(request: &Request<T>) -> Result<Call, Status> {
+    request
+        .extensions()
+        .get::<Call>()
+        .cloned()
+        .ok_or_else(|| Status::internal("the call is not counted"))
 }
 
 /// What a caller said of a tenant has to be its own.
@@ -119,8 +128,7 @@ impl PoolAgent for Service {
     type SpliceStream = Counted<ReceiverStream<Result<wire::SpliceFrame, Status>>>;
 
     async fn get_host(&self, request: Request<wire::GetHostRequest>) -> Result<Response<wire::Host>, Status> {
-        let caller = caller(&request)?;
-        let _call = self.calls.begin(&caller, Kind::Call)?;
+        let _call = call(&request)?;
         let shop = self.host.shop();
         let description = HostDescription {
             name: shop.host.clone(),
@@ -144,7 +152,7 @@ impl PoolAgent for Service {
         request: Request<wire::Tenant>,
     ) -> Result<Response<wire::ConfigureTenantResponse>, Status> {
         let caller = caller(&request)?;
-        let call = self.calls.begin(&caller, Kind::Call)?;
+        let call = call(&request)?;
         let tenant = Tenant::try_from(request.into_inner())?;
         own(&caller, &tenant.id)?;
         let host = self.host.clone();
@@ -161,6 +169,7 @@ impl PoolAgent for Service {
                         Status::internal(message)
                     }
                     TenantError::Ledger(_) => Status::unavailable(message),
+                    TenantError::TooMany => Status::resource_exhausted(message),
                 }
             })?;
         Ok(Response::new(wire::ConfigureTenantResponse {}))
@@ -172,7 +181,7 @@ impl PoolAgent for Service {
     ) -> Result<Response<wire::StartSandboxResponse>, Status> {
         use wire::start_sandbox_response::Outcome;
         let caller = caller(&request)?;
-        let call = self.calls.begin(&caller, Kind::Call)?;
+        let call = call(&request)?;
         let spec = request
             .into_inner()
             .spec
@@ -206,7 +215,7 @@ impl PoolAgent for Service {
         request: Request<wire::UpdateSandboxRequest>,
     ) -> Result<Response<wire::UpdateSandboxResponse>, Status> {
         let caller = caller(&request)?;
-        let call = self.calls.begin(&caller, Kind::Call)?;
+        let call = call(&request)?;
         let message = request.into_inner();
         let key = SandboxKey::from_wire(message.key)?;
         let mut volumes = vec![];
@@ -228,7 +237,7 @@ impl PoolAgent for Service {
         request: Request<wire::StopSandboxRequest>,
     ) -> Result<Response<wire::StopSandboxResponse>, Status> {
         let caller = caller(&request)?;
-        let call = self.calls.begin(&caller, Kind::Call)?;
+        let call = call(&request)?;
         let message = request.into_inner();
         let key = SandboxKey::from_wire(message.key)?;
         let grace = Duration::from_secs(message.grace_seconds).min(LONGEST_GRACE);
@@ -242,7 +251,7 @@ impl PoolAgent for Service {
         request: Request<wire::ForgetSandboxRequest>,
     ) -> Result<Response<wire::ForgetSandboxResponse>, Status> {
         let caller = caller(&request)?;
-        let call = self.calls.begin(&caller, Kind::Call)?;
+        let call = call(&request)?;
         let key = SandboxKey::from_wire(request.into_inner().key)?;
         let host = self.host.clone();
         whole(call, async move { host.forget(&caller, &key).await }).await??;
@@ -254,14 +263,14 @@ impl PoolAgent for Service {
         request: Request<wire::WatchRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let caller = caller(&request)?;
-        let call = self.calls.begin(&caller, Kind::Watch)?;
+        let call = call(&request)?;
         let stream = watch::start(self.host.board(), caller);
         Ok(Response::new(Counted::new(stream, call)))
     }
 
     async fn logs(&self, request: Request<wire::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
         let caller = caller(&request)?;
-        let call = self.calls.begin(&caller, Kind::Logs)?;
+        let call = call(&request)?;
         let stream = container_logs::start(&self.host, &caller, request.into_inner())?;
         Ok(Response::new(Counted::new(stream, call)))
     }
@@ -271,8 +280,8 @@ impl PoolAgent for Service {
         request: Request<Streaming<wire::SpliceFrame>>,
     ) -> Result<Response<Self::SpliceStream>, Status> {
         let caller = caller(&request)?;
-        let call = self.calls.begin(&caller, Kind::Splice)?;
-        let stream = splice::start(&self.host, &caller, request.into_inner()).await?;
+        let call = call(&request)?;
+        let stream = splice::start(&self.host, &caller, request.into_inner(), call.clone()).await?;
         Ok(Response::new(Counted::new(stream, call)))
     }
 
@@ -281,7 +290,7 @@ impl PoolAgent for Service {
         request: Request<wire::StatsRequest>,
     ) -> Result<Response<wire::StatsResponse>, Status> {
         let caller = caller(&request)?;
-        let _call = self.calls.begin(&caller, Kind::Call)?;
+        let _call = call(&request)?;
         Ok(Response::new(stats::collect(&self.host, &caller).await?))
     }
 }

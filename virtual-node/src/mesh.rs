@@ -17,6 +17,7 @@ pub mod broker;
 pub mod ca;
 pub mod csr;
 pub mod index;
+mod intake;
 pub mod listener;
 pub mod metrics;
 pub mod object;
@@ -45,6 +46,7 @@ use self::{
     broker::Broker,
     ca::Authority,
     index::Index,
+    intake::Intake,
     metrics::{Kind, Metrics},
     xds::{Discovery, Snapshots},
 };
@@ -57,8 +59,8 @@ const PING_TIMEOUT: Duration = Duration::from_secs(10);
 /// At the end, connections get this long to close; hosts come back to the next process.
 const DRAIN: Duration = Duration::from_secs(3);
 
-/// A host has one xDS stream and asks for a few certificates at a time.
-const MAX_STREAMS: u32 = 128;
+/// A host has one xDS stream and asks for a few certificates at a time; more wait.
+const MAX_STREAMS: u32 = 32;
 
 /// A client of a large cluster names all it holds when it comes back: 50,000
 /// resources at 150 bytes, and as much again.
@@ -183,6 +185,7 @@ impl Control {
             .http2_keepalive_interval(Some(PING_INTERVAL))
             .http2_keepalive_timeout(Some(PING_TIMEOUT))
             .max_concurrent_streams(MAX_STREAMS)
+            .layer(Intake::new(&self.shown))
             .add_service(
                 AggregatedDiscoveryServiceServer::new(discovery).max_decoding_message_size(MAX_XDS_REQUEST),
             )

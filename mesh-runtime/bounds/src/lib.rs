@@ -8,6 +8,8 @@
 //!   tenant's within the host's);
 //! - [`door`]: who is not known yet, by the address that he comes from.
 //!
+//! [`intake`] has a caller's messages paid for as they arrive.
+//!
 //! [`Shared`] and [`Gate`] are those two behind a lock that is held for one decision,
 //! never for a byte; [`Bounds`] shows them as metrics, [`Seldom`] keeps the log from
 //! being flooded with what they refuse.
@@ -20,7 +22,9 @@ mod acquainted;
 pub mod budget;
 pub mod descriptors;
 pub mod door;
+mod end;
 mod gate;
+pub mod intake;
 mod metrics;
 mod seldom;
 mod shared;
@@ -28,10 +32,11 @@ mod shared;
 pub use acquainted::Acquainted;
 pub use budget::{Budget, Rule, Step};
 pub use door::Door;
+pub use end::End;
 pub use gate::{Gate, Guest};
 pub use metrics::{Bounds, Reading};
 pub use seldom::Seldom;
-pub use shared::{Path, Place, Shared};
+pub use shared::{Holding, Path, Place, Shared};
 
 /// Whose share was used up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -40,6 +40,48 @@ pub struct Place<K: Eq + Hash + Clone> {
     path: Path<K>,
 }
 
+/// Places on one path, more or fewer as they are needed; all go back when it is dropped.
+pub struct Holding<K: Eq + Hash + Clone> {
+    shared: Shared<K>,
+    path: Path<K>,
+    places: Vec<Place<K>>,
+}
+
+impl<K: Eq + Hash + Clone> Holding<K> {
+    /// Of nothing yet.
+    pub fn new(shared: Shared<K>, path: Path<K>) -> Self {
+        Self {
+            shared,
+            path,
+            places: vec![],
+        }
+    }
+
+    /// Holds exactly so many places, or, where that is refused, as many as before.
+    pub fn resize(&mut self, places: usize) -> Result<(), Level> {
+        let before = self.places.len();
+        self.places.truncate(places);
+        while self.places.len() < places {
+            match self.shared.take(self.path.clone()) {
+                Ok(place) => self.places.push(place),
+                Err(level) => {
+                    self.places.truncate(before);
+                    return Err(level);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<K: Eq + Hash + Clone> fmt::Debug for Holding<K> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Holding")
+            .field("places", &self.places.len())
+            .finish_non_exhaustive()
+    }
+}
+
 impl<K> Clone for Shared<K> {
     fn clone(&self) -> Self {
         Self(self.0.clone())

@@ -71,6 +71,10 @@ struct Given {
     watches_per_tenant: u32,
     logs_per_tenant: u32,
     splices_per_tenant: u32,
+    /// MiB of messages of calls under way, on the host and of one tenant. Each is in
+    /// memory twice while it is parsed.
+    message_mib_per_host: u32,
+    message_mib_per_tenant: u32,
 }
 
 impl Default for Given {
@@ -101,6 +105,9 @@ impl Default for Given {
             watches_per_tenant: 16,
             logs_per_tenant: 128,
             splices_per_tenant: 128,
+            // The largest has 32.
+            message_mib_per_host: 256,
+            message_mib_per_tenant: 64,
         }
     }
 }
@@ -154,6 +161,9 @@ impl TryFrom<Given> for Bounds {
             ("watches_per_tenant", g.watches_per_tenant, 2),
             ("logs_per_tenant", g.logs_per_tenant, 1),
             ("splices_per_tenant", g.splices_per_tenant, 1),
+            // Of the largest message, with its head.
+            ("message_mib_per_host", g.message_mib_per_host, 64),
+            ("message_mib_per_tenant", g.message_mib_per_tenant, 33),
         ];
         for (field, value, least) in least {
             if value < least {
@@ -164,6 +174,10 @@ impl TryFrom<Given> for Bounds {
             (
                 ("half_closed_seconds", g.half_closed_seconds),
                 ("idle_seconds", g.idle_seconds),
+            ),
+            (
+                ("message_mib_per_tenant", g.message_mib_per_tenant),
+                ("message_mib_per_host", g.message_mib_per_host),
             ),
             (
                 ("handshakes_per_peer", g.handshakes_per_peer),
@@ -193,6 +207,8 @@ pub struct Callers {
     pub watches_per_tenant: u32,
     pub logs_per_tenant: u32,
     pub splices_per_tenant: u32,
+    pub message_mib: u32,
+    pub message_mib_per_tenant: u32,
 }
 
 /// Calls of one kind under way, of all tenants: what each may have this many times,
@@ -258,6 +274,8 @@ impl Bounds {
             watches_per_tenant: g.watches_per_tenant,
             logs_per_tenant: g.logs_per_tenant,
             splices_per_tenant: g.splices_per_tenant,
+            message_mib: g.message_mib_per_host,
+            message_mib_per_tenant: g.message_mib_per_tenant,
         }
     }
 }

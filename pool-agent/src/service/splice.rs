@@ -9,8 +9,9 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Method, Request, StatusCode, Uri, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Empty, Limited};
+use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use pool_agent_api::{
     Invalid, SandboxKey, TenantId,
@@ -20,11 +21,12 @@ use pool_agent_api::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    sync::mpsc,
+    sync::{mpsc, oneshot},
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
+use super::Call;
 use crate::{
     cri::{CriError, wire as cri},
     host::Host,
@@ -46,6 +48,7 @@ pub(super) async fn start(
     host: &Host,
     caller: &TenantId,
     mut input: Streaming<wire::SpliceFrame>,
+    call: Call,
 ) -> Result<ReceiverStream<Result<wire::SpliceFrame, Status>>, Status> {
     let first = tokio::time::timeout(PATIENCE, input.message())
         .await
@@ -56,13 +59,32 @@ pub(super) async fn start(
     else {
         return Err(Invalid::new("frame", "the first must be `open`").into());
     };
-    let url = url(host, caller, &open).await?;
-    let request = request(&url, open)?;
+    // The runtime keeps each URL that it is asked for, of all tenants, for a minute, and
+    // has room for a thousand: nothing is asked for that is not used.
+    let upgrade = Upgrade::parse(&open)?;
     let (sender, output) = mpsc::channel(IN_FLIGHT);
+    let (settled, is_settled) = oneshot::channel();
+    let (host, caller) = (host.clone(), caller.clone());
     tokio::spawn(async move {
-        let failed = tokio::select! {
-            result = splice(&url, request, input, &sender) => result.err(),
-            () = sender.closed() => None,
+        // From here on whatever its caller does, or the URL would be left over. The call
+        // counts as long as that.
+        let dialled = match url(&host, &caller, &open).await {
+            Ok(url) => {
+                drop(settled.send(Ok(())));
+                dial(&url, upgrade).await
+            }
+            Err(status) => {
+                drop(settled.send(Err(status)));
+                return;
+            }
+        };
+        drop(call);
+        let failed = match dialled {
+            Ok(answer) => tokio::select! {
+                result = splice(answer, input, &sender) => result.err(),
+                () = sender.closed() => None,
+            },
+            Err(status) => Some(status),
         };
         if let Some(status) = failed {
             tracing::debug!(error = status.message(), "a stream broke off");
@@ -71,6 +93,9 @@ pub(super) async fn start(
             }
         }
     });
+    is_settled
+        .await
+        .map_err(|_| Status::internal("the call broke off in the agent"))??;
     Ok(ReceiverStream::new(output))
 }
 
@@ -151,40 +176,67 @@ async fn url(host: &Host, caller: &TenantId, open: &wire::SpliceOpen) -> Result<
         .map_err(|_| Status::internal("the runtime named a URL that does not read"))
 }
 
-fn request(url: &Uri, open: wire::SpliceOpen) -> Result<Request<Empty<Bytes>>, Status> {
-    let method = match open.method.as_str() {
-        "GET" => Method::GET,
-        "POST" => Method::POST,
-        _ => return Err(Invalid::new("open.method", "must be GET or POST").into()),
-    };
-    if open.headers.len() > MAX_HEADERS {
-        return Err(Invalid::new("open.headers", format_args!("must be at most {MAX_HEADERS}")).into());
-    }
-    let path = url.path_and_query().map_or("/", |p| p.as_str());
-    let mut request = Request::builder().method(method).uri(path);
-    if let Some(authority) = url.authority() {
-        request = request.header(header::HOST, authority.as_str());
-    }
-    for h in open.headers {
-        // The message has no body and one host: these would make it another message.
-        let framing = ["host", "content-length", "transfer-encoding"];
-        if !framing.contains(&h.name.to_ascii_lowercase().as_str()) {
-            request = request.header(h.name, h.value);
-        }
-    }
-    request
-        .body(Empty::new())
-        .map_err(|e| Invalid::new("open.headers", e).into())
+/// What the caller says to the runtime's streaming server, but for where that is.
+#[derive(Debug)]
+struct Upgrade {
+    method: Method,
+    headers: HeaderMap,
 }
 
-async fn splice(
-    url: &Uri,
-    request: Request<Empty<Bytes>>,
-    input: Streaming<wire::SpliceFrame>,
-    output: &Output,
-) -> Result<(), Status> {
-    let unavailable =
-        |e: &dyn std::fmt::Display| Status::unavailable(format!("the runtime's streaming server: {e}"));
+impl Upgrade {
+    fn parse(open: &wire::SpliceOpen) -> Result<Self, Status> {
+        let method = match open.method.as_str() {
+            "GET" => Method::GET,
+            "POST" => Method::POST,
+            _ => return Err(Invalid::new("open.method", "must be GET or POST").into()),
+        };
+        if open.headers.len() > MAX_HEADERS {
+            return Err(Invalid::new("open.headers", format_args!("must be at most {MAX_HEADERS}")).into());
+        }
+        let mut headers = HeaderMap::new();
+        for (i, header) in open.headers.iter().enumerate() {
+            let invalid = |part: &str, problem: &dyn std::fmt::Display| {
+                Invalid::new(format!("open.headers[{i}].{part}"), problem)
+            };
+            // The message has no body and one host: these would make it another message.
+            let framing = ["host", "content-length", "transfer-encoding"];
+            let name: HeaderName = header.name.parse().map_err(|e| invalid("name", &e))?;
+            let value: HeaderValue = header.value.parse().map_err(|e| invalid("value", &e))?;
+            if !framing.contains(&name.as_str()) {
+                headers.append(name, value);
+            }
+        }
+        // Whatever is no upgrade only uses a URL up.
+        if !headers.contains_key(header::UPGRADE) {
+            return Err(Invalid::new("open.headers", "must ask for an upgrade").into());
+        }
+        Ok(Self { method, headers })
+    }
+
+    fn to(self, url: &Uri) -> Result<Request<Empty<Bytes>>, Status> {
+        let path = url.path_and_query().map_or("/", |p| p.as_str());
+        let mut request = Request::new(Empty::new());
+        *request.method_mut() = self.method;
+        *request.uri_mut() = path
+            .parse()
+            .map_err(|_| Status::internal("the runtime named a URL that does not read"))?;
+        *request.headers_mut() = self.headers;
+        if let Some(authority) = url.authority() {
+            let host = authority.as_str().parse();
+            let host = host.map_err(|_| Status::internal("the runtime named a URL that does not read"))?;
+            request.headers_mut().insert(header::HOST, host);
+        }
+        Ok(request)
+    }
+}
+
+fn unavailable(error: &dyn std::fmt::Display) -> Status {
+    Status::unavailable(format!("the runtime's streaming server: {error}"))
+}
+
+/// Asks the runtime's streaming server, which forgets a URL that was used.
+async fn dial(url: &Uri, upgrade: Upgrade) -> Result<Response<Incoming>, Status> {
+    let request = upgrade.to(url)?;
     let (Some(address), Some(port)) = (url.host(), url.port_u16()) else {
         return Err(Status::internal(
             "the runtime named a URL without a host or a port",
@@ -207,9 +259,16 @@ async fn splice(
         });
         sender.send_request(request).await.map_err(|e| unavailable(&e))
     });
-    let mut answer = answer
+    answer
         .await
-        .map_err(|_| Status::deadline_exceeded("the runtime's streaming server did not answer"))??;
+        .map_err(|_| Status::deadline_exceeded("the runtime's streaming server did not answer"))?
+}
+
+async fn splice(
+    mut answer: Response<Incoming>,
+    input: Streaming<wire::SpliceFrame>,
+    output: &Output,
+) -> Result<(), Status> {
     let opened = wire::SpliceOpened {
         status: answer.status().as_u16().into(),
         headers: answer
@@ -280,4 +339,53 @@ async fn send(output: &Output, frame: Frame) -> Result<(), ()> {
         .send(Ok(wire::SpliceFrame { frame: Some(frame) }))
         .await
         .map_err(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(method: &str, headers: &[(&str, &str)]) -> wire::SpliceOpen {
+        wire::SpliceOpen {
+            method: method.into(),
+            headers: headers
+                .iter()
+                .map(|(name, value)| wire::HttpHeader {
+                    name: (*name).into(),
+                    value: (*value).into(),
+                })
+                .collect(),
+            ..wire::SpliceOpen::default()
+        }
+    }
+
+    #[test]
+    fn what_will_not_be_used_asks_the_runtime_for_nothing() {
+        let upgrade = [("Connection", "Upgrade"), ("Upgrade", "SPDY/3.1")];
+        for (wrong, field) in [
+            (open("PUT", &upgrade), "open.method: "),
+            (open("POST", &[]), "open.headers: must ask for an upgrade"),
+            (open("POST", &[("upgrade", "a\nb")]), "open.headers[0].value: "),
+            (open("POST", &[("up grade", "x")]), "open.headers[0].name: "),
+            (
+                open("POST", &[("x", "y"); MAX_HEADERS + 1]),
+                "open.headers: must be at most",
+            ),
+        ] {
+            let status = Upgrade::parse(&wrong).unwrap_err();
+            assert!(status.message().starts_with(field), "{status}");
+        }
+        let framed = [
+            upgrade.as_slice(),
+            &[("Host", "other"), ("Transfer-Encoding", "chunked")],
+        ]
+        .concat();
+        let url = "http://127.0.0.1:10010/exec/token".parse().unwrap();
+        let request = Upgrade::parse(&open("POST", &framed)).unwrap().to(&url).unwrap();
+        assert_eq!(request.headers()[header::HOST], "127.0.0.1:10010");
+        assert_eq!(
+            (request.headers().len(), request.uri().path()),
+            (3, "/exec/token")
+        );
+    }
 }

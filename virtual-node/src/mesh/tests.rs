@@ -334,6 +334,83 @@ async fn a_host_that_asks_without_end_is_slowed_down() {
 }
 
 #[tokio::test]
+async fn a_host_that_opens_streams_without_end_is_refused_alone() {
+    let served = Served::start().await;
+    let mut open = vec![];
+    // Over any number of connections.
+    let refusal = 'refused: {
+        for _ in 0..3 {
+            let channel = served.host("host-a").await;
+            for _ in 0..4 {
+                let (requests, stream) = mpsc::channel(16);
+                let mut client = AggregatedDiscoveryServiceClient::new(channel.clone());
+                match soon(client.delta_aggregated_resources(ReceiverStream::new(stream))).await {
+                    Ok(answers) => open.push((requests, answers)),
+                    Err(refusal) => break 'refused refusal,
+                }
+            }
+        }
+        panic!("{} streams of one host are open", open.len());
+    };
+    assert_eq!(refusal.code(), Code::ResourceExhausted, "{refusal}");
+    served.publish(&[("a", "1")]);
+    let mut other = Xds::open(&served.host("host-b").await).await;
+    other.subscribe(ADDRESS_TYPE).await;
+    assert_eq!(names(&other.next().await).0, ["a"]);
+    served.stop().await;
+}
+
+#[tokio::test]
+async fn a_host_whose_messages_never_end_fills_its_own_share_alone() {
+    use bounds::intake::PAGE;
+    use http_body_util::{BodyExt, StreamBody};
+    let intake = intake::Intake::new(&Bounds::default());
+    let sent = |name: &str, mib: usize| {
+        let mut frames = (0..mib * 64).map(|n| {
+            let mut frame = vec![0; 16 << 10];
+            if n == 0 {
+                // The head of a message of 16 MiB.
+                frame[..5].copy_from_slice(&[0, 1, 0, 0, 0]);
+            }
+            hyper::body::Frame::data(bytes::Bytes::from(frame))
+        });
+        let body = futures::stream::poll_fn(move |_| match frames.next() {
+            Some(frame) => std::task::Poll::Ready(Some(Ok::<_, tonic::Status>(frame))),
+            None => std::task::Poll::Pending,
+        });
+        http::Request::post("/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources")
+            .extension(listener::PeerHost(host(name)))
+            .body(tonic::body::Body::new(StreamBody::new(body)))
+            .unwrap()
+    };
+    let mut bodies = vec![];
+    let mut read = async |name: &str| {
+        let mut body = intake.admit(sent(name, 15)).unwrap().into_body();
+        let mut held = 0;
+        loop {
+            match futures::poll!(std::pin::pin!(body.frame())) {
+                std::task::Poll::Ready(Some(Ok(frame))) => {
+                    held += frame.data_ref().map_or(0, bytes::Bytes::len)
+                }
+                std::task::Poll::Ready(Some(Err(status))) => {
+                    assert_eq!(status.code(), Code::ResourceExhausted, "{status}");
+                    break;
+                }
+                _ => break,
+            }
+        }
+        bodies.push(body);
+        held
+    };
+    let mut held = 0;
+    for _ in 0..4 {
+        held += read("host-a").await;
+    }
+    assert!(held <= 2 * MAX_XDS_REQUEST + PAGE, "{held} bytes of one host");
+    assert_eq!(read("host-b").await, 15 << 20);
+}
+
+#[tokio::test]
 async fn a_stranger_is_not_spoken_with() {
     let served = Served::start().await;
     let stranger = TestPool::new().host("host-a");
