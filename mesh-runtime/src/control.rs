@@ -4,8 +4,12 @@
 //! The far end must hold a certificate of the pool's CA whose only URI name is
 //! that tenant's virtual node: one tenant's control plane can't speak for
 //! another. Names and addresses prove nothing here.
+//!
+//! The tenant says where that is, and it is dialled in the host's own network: nothing is
+//! dialled that is local to the host, or the pool's but for what its operator names
+//! ([`OffLimits`]).
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, net::IpAddr, sync::Arc, time::Duration};
 
 use arc_swap::ArcSwap;
 use hyper_util::rt::TokioIo;
@@ -20,7 +24,10 @@ use rustls::{
 use tokio::net::TcpStream;
 use tonic::transport::{Channel, Endpoint};
 
-use crate::identity::verify::{Expected, InvalidRoots, Verifier};
+use crate::{
+    identity::verify::{Expected, InvalidRoots, Verifier},
+    off_limits::OffLimits,
+};
 
 /// A control plane that does not answer is given up after this long; the next
 /// attempt begins anew.
@@ -128,15 +135,51 @@ pub enum OpenControlError {
     },
 }
 
+/// Where a host may dial.
+#[derive(Debug, Clone)]
+pub(crate) struct Reach {
+    pub(crate) off_limits: Arc<OffLimits>,
+    /// The host's own addresses.
+    pub(crate) host: Arc<[IpAddr]>,
+}
+
+impl Reach {
+    /// What a name leads to is looked up once, and that is what is dialled.
+    async fn dial(&self, address: &str) -> io::Result<TcpStream> {
+        let mut failed = io::Error::other("the control plane's name has no address");
+        for to in tokio::net::lookup_host(address).await? {
+            failed = match self.off_limits.refuse_control_plane(&self.host, to) {
+                Some(refused) => {
+                    // Not to the tenant: what the host's resolver knows is not its.
+                    tracing::warn!(name = address, %to, %refused, "a control plane is not dialled");
+                    io::Error::new(
+                        io::ErrorKind::PermissionDenied,
+                        "the control plane's address is not one that this host dials: its operator names them in policy.network.control_planes",
+                    )
+                }
+                None => match TcpStream::connect(to).await {
+                    Ok(stream) => return Ok(stream),
+                    Err(error) => error,
+                },
+            };
+        }
+        Err(failed)
+    }
+}
+
 /// A channel that dials when it is first used, and again after a break.
-pub(crate) fn connect(tenant: &Tenant, tls: &Arc<PoolTls>) -> Result<Channel, OpenControlError> {
+pub(crate) fn connect(
+    tenant: &Tenant,
+    tls: &Arc<PoolTls>,
+    reach: Reach,
+) -> Result<Channel, OpenControlError> {
     let virtual_node = PeerId {
         trust_domain: tls.trust_domain.clone(),
         peer: Peer::VirtualNode(tenant.id.clone()),
     };
     // Credentials that cannot be used are told here, not at the first call.
     tls.client_config(&virtual_node)?;
-    let dialled = Arc::new((tls.clone(), virtual_node));
+    let dialled = Arc::new((tls.clone(), virtual_node, reach));
 
     let address: Arc<str> = tenant.mesh_control.address.as_str().into();
     // The scheme is for tonic's eyes; the TLS is made by the connector below.
@@ -148,9 +191,9 @@ pub(crate) fn connect(tenant: &Tenant, tls: &Arc<PoolTls>) -> Result<Channel, Op
     let connect = tower::service_fn(move |_: http::Uri| {
         let (address, dialled) = (address.clone(), dialled.clone());
         async move {
-            let (tls, virtual_node) = &*dialled;
+            let (tls, virtual_node, reach) = &*dialled;
             let config = tls.client_config(virtual_node).map_err(io::Error::other)?;
-            let tcp = TcpStream::connect(&*address).await?;
+            let tcp = reach.dial(&address).await?;
             tcp.set_nodelay(true)?;
             let name = ServerName::try_from("virtual-node").map_err(io::Error::other)?;
             let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
@@ -199,6 +242,49 @@ mod tests {
                 key.serialize_pem(),
             )
         }
+    }
+
+    fn anywhere() -> Reach {
+        Reach {
+            off_limits: Arc::default(),
+            host: Arc::new([]),
+        }
+    }
+
+    #[tokio::test]
+    async fn what_is_local_to_the_host_is_not_dialled_whatever_a_tenant_calls_its_control_plane() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let nets = |all: &[&str]| -> Vec<ipnet::Ipv4Net> { all.iter().map(|n| n.parse().unwrap()).collect() };
+        let limits = OffLimits::new(&nets(&["10.77.0.0/16"]), &nets(&["192.0.2.0/24"]), []).unwrap();
+        let reach = |ranges: &[&str]| Reach {
+            off_limits: Arc::new(limits.clone().with_control_planes(nets(ranges))),
+            host: Arc::new(["198.51.100.1".parse().unwrap()]),
+        };
+        let closed = reach(&["127.0.0.0/8", "192.0.2.2/32"]);
+        for name in [
+            format!("127.0.0.1:{port}"),
+            format!("localhost:{port}"),
+            "169.254.169.254:80".into(),
+            "198.51.100.1:10250".into(),
+            "10.77.3.4:80".into(),
+            "192.0.2.3:7444".into(),
+        ] {
+            let error = closed.dial(&name).await.unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{name}: {error}");
+            assert!(!error.to_string().contains("127.0.0.1"), "{error}");
+        }
+        let accepted = tokio::time::timeout(Duration::from_millis(200), listener.accept());
+        assert!(accepted.await.is_err(), "it was dialled");
+        let refuses = |reach: &Reach, to: &str| {
+            let to = to.parse().unwrap();
+            reach.off_limits.refuse_control_plane(&reach.host, to).is_some()
+        };
+        assert!(!refuses(&closed, "192.0.2.2:7444"), "the operator names it");
+        assert!(!refuses(&closed, "203.0.113.9:7444"), "it is the world's");
+        assert!(refuses(&reach(&[]), "192.0.2.2:7444"));
+        // A host that was told of no pool.
+        assert!(anywhere().dial(&format!("127.0.0.1:{port}")).await.is_ok());
     }
 
     fn tenant(address: std::net::SocketAddr) -> Tenant {
@@ -263,7 +349,7 @@ mod tests {
         let ca = pool.1.as_bytes();
         let tls = PoolTls::from_pem(first.as_bytes(), first_key.as_bytes(), ca, "pool").unwrap();
         let tls = Arc::new(tls);
-        let channel = connect(&tenant(address), &tls).unwrap();
+        let channel = connect(&tenant(address), &tls, anywhere()).unwrap();
         let dial = async || {
             let mut client = IstioCertificateServiceClient::new(channel.clone());
             // Fails, as the far end hangs up; that it dials is what matters.

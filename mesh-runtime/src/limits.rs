@@ -15,7 +15,7 @@ use std::{
 };
 
 use bounds::{
-    Bounds, Budget, Gate, Guest, Level, Path, Rule, Seldom, Shared, Step,
+    Bounds, Budget, Gate, Guest, Holding, Level, Path, Rule, Seldom, Shared, Step,
     door::{Places, Queue},
 };
 use mesh_api::Identity;
@@ -29,6 +29,9 @@ const TENANT_GREED: u32 = 4;
 const POD_GREED: u32 = 2;
 const WAY_GREED: u32 = 4;
 const PEER_GREED: u32 = 2;
+
+/// Bytes of mesh state that one place stands for.
+pub(crate) const STATE_PAGE: usize = 64 << 10;
 
 /// Counts are connections and the like; all of the host's tenants together unless
 /// it says otherwise.
@@ -52,6 +55,10 @@ pub struct Limits {
     pub questions_per_tenant: u32,
     pub questions_per_pod: u32,
     pub questions_promised: u32,
+    /// MiB of what tenants' control planes told of their meshes, as it was sent and
+    /// something more for each resource.
+    pub state_mib: u32,
+    pub state_mib_per_tenant: u32,
     /// A connection that carries nothing for this long is cut, at the latest after
     /// twice as long.
     pub idle: Duration,
@@ -77,6 +84,9 @@ impl Default for Limits {
             questions_per_tenant: 512,
             questions_per_pod: 64,
             questions_promised: 2,
+            // A hundred thousand workloads take about 100.
+            state_mib: 512,
+            state_mib_per_tenant: 128,
             // What a node's conntrack has under kube-proxy.
             idle: Duration::from_secs(86_400),
             half_closed: Duration::from_secs(3600),
@@ -112,6 +122,11 @@ pub struct Shares {
     connections: Shared<Account>,
     questions: Shared<Account>,
     handshakes: Gate<Source>,
+    state: Shared<Account>,
+}
+
+fn state_pages(mib: u32) -> u32 {
+    mib.saturating_mul(((1 << 20) / STATE_PAGE) as u32)
 }
 
 impl Shares {
@@ -123,6 +138,8 @@ impl Shares {
         ));
         let questions = Shared::new(Budget::new(limits.questions, promised(limits.questions_promised)));
         let handshakes = Gate::new(limits.handshakes, limits.strangers);
+        let state = Shared::new(Budget::new(state_pages(limits.state_mib), 0));
+        shown.show("state_pages", state.clone());
         shown.show("connections", connections.clone());
         shown.show("questions", questions.clone());
         shown.show("handshakes", handshakes.clone());
@@ -132,6 +149,7 @@ impl Shares {
             connections,
             questions,
             handshakes,
+            state,
         })
     }
 
@@ -156,6 +174,24 @@ pub(crate) struct TenantShares {
 impl TenantShares {
     pub(crate) fn limits(&self) -> &Limits {
         &self.shares.limits
+    }
+
+    /// Room for what the tenant's control plane tells, in [`STATE_PAGE`]s.
+    pub(crate) fn state(&self) -> Holding<Account> {
+        let tenant = Step {
+            key: Account::Tenant(self.number),
+            level: Level::Tenant,
+            rule: Rule {
+                promised: 0,
+                limit: state_pages(self.shares.limits.state_mib_per_tenant),
+                greed: TENANT_GREED,
+            },
+        };
+        let path = Path {
+            trunk: Arc::from([tenant]),
+            leaf: None,
+        };
+        Holding::new(self.shares.state.clone(), path)
     }
 
     pub(crate) fn pod(&self) -> PodShares {

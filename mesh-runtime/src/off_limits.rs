@@ -54,6 +54,8 @@ pub struct OffLimits {
     pool: Vec<Ipv4Net>,
     off_limits: Vec<Ipv4Net>,
     allowed: BTreeSet<SocketAddrV4>,
+    /// None: nobody said where tenants' control planes are, and none is refused.
+    control_planes: Option<Vec<Ipv4Net>>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -95,6 +97,7 @@ impl OffLimits {
             off_limits: Ipv4Net::aggregate(&off_limits),
             pool,
             allowed: allowed.into_iter().collect(),
+            control_planes: None,
         };
         if all.pool.len() > MAX_POOL_RANGES {
             return Err(TooMuch::Pool(all.pool.len()));
@@ -126,6 +129,27 @@ impl OffLimits {
             IpAddr::V4(ip) => holds(&self.pool, ip) && !holds(&self.off_limits, ip),
             IpAddr::V6(_) => false,
         }
+    }
+
+    /// Of the addresses that are off limits for pods, tenants' control planes may be in
+    /// these alone.
+    pub fn with_control_planes(self, ranges: Vec<Ipv4Net>) -> Self {
+        Self {
+            control_planes: Some(ranges),
+            ..self
+        }
+    }
+
+    /// Whether a host that has the addresses `host` may not dial `to` as a tenant's
+    /// control plane. Where that is, the tenant says, and it is dialled from where the
+    /// host's own services answer.
+    pub fn refuse_control_plane(&self, host: &[IpAddr], to: SocketAddr) -> Option<Refused> {
+        let ranges = self.control_planes.as_deref()?;
+        let named = |ip: IpAddr| matches!(ip.to_canonical(), IpAddr::V4(v4) if holds(ranges, v4));
+        refuse(host, to.ip()).or_else(|| {
+            let off_limits = self.refuse(to).is_some() || self.is_pods(to.ip());
+            (off_limits && !named(to.ip())).then_some(Refused::OffLimits)
+        })
     }
 
     /// Whether nobody may reach `to` for a pod, whosever the pod is. Of an address that

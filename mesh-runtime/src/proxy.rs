@@ -54,7 +54,7 @@ use crate::{
     redirect::{GATEWAY, Listeners},
     state::{self, Workload},
     telemetry::{Metrics, Party},
-    xds::{self, Subscriber},
+    xds::{self, Subscriber, Subscriptions},
 };
 use copy::Patience;
 use destination::Network;
@@ -150,7 +150,11 @@ impl TenantProxy {
             metrics,
             shares,
         } = config;
-        let channel = control::connect(&tenant, &pool_tls)?;
+        let reach = control::Reach {
+            off_limits: off_limits.clone(),
+            host: host_addresses.as_slice().into(),
+        };
+        let channel = control::connect(&tenant, &pool_tls, reach)?;
         let (writer, state) = state::open();
         let subscriber = Subscriber {
             host: host.to_string(),
@@ -228,6 +232,7 @@ impl TenantProxy {
         tasks.spawn(xds::follow(
             channel.clone(),
             subscriber,
+            Subscriptions::within(mesh.shares.state()),
             writer,
             mesh.synced.clone(),
             mesh.metrics.clone(),

@@ -37,6 +37,8 @@ const LASTING: Duration = Duration::from_secs(30);
 /// Answers not yet sent. A response has one answer and the next response waits
 /// for it, so more than the two opening requests are never queued.
 const ANSWERS: usize = 4;
+/// Rejected resources of one push, in the log.
+const TOLD: usize = 10;
 /// Ten thousand workloads take about 4 MiB; a push beyond this is not believed.
 const MAX_MESSAGE: usize = 64 << 20;
 
@@ -79,6 +81,7 @@ impl Subscriber {
 pub async fn follow(
     channel: Channel,
     subscriber: Subscriber,
+    mut subscriptions: Subscriptions,
     mut writer: Writer,
     synced: watch::Sender<bool>,
     metrics: Arc<Metrics>,
@@ -90,7 +93,6 @@ pub async fn follow(
         .with_jitter()
         .without_max_times();
     let mut delays = retries.build();
-    let mut subscriptions = Subscriptions::default();
     // One line for an outage, not one for each attempt.
     let mut reported: Option<String> = None;
     loop {
@@ -182,8 +184,11 @@ async fn stream(
         if reported.take().is_some() {
             tracing::info!("mesh control stream restored");
         }
-        for rejected in &received.rejected {
+        for rejected in received.rejected.iter().take(TOLD) {
             tracing::warn!(resource = %rejected.name, reason = %rejected.reason, "mesh resource rejected");
+        }
+        if let Some(left_out @ 1..) = received.rejected.len().checked_sub(TOLD) {
+            tracing::warn!(left_out, "more mesh resources of the same push rejected");
         }
         writer.apply(received.changes);
         if received.synced {

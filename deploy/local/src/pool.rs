@@ -224,6 +224,8 @@ impl Policy {
                 // Pods reach the API server by its Service; names outside the cluster
                 // are asked of the same address.
                 allow: vec![(API_SERVER, API_SERVER_PORT).into(), (API_SERVER, 53).into()],
+                // Wherever in the lab a virtual node runs.
+                control_planes: vec![UNDERLAY],
             },
         }
     }
@@ -234,6 +236,7 @@ struct NetworkPolicy {
     pool_ranges: Vec<&'static str>,
     underlay: Vec<&'static str>,
     allow: Vec<SocketAddr>,
+    control_planes: Vec<&'static str>,
 }
 
 /// How the host joins the cell.

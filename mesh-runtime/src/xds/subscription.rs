@@ -3,9 +3,13 @@
 //! A resource that cannot be taken is refused by itself: the rest of the
 //! response is applied, and the answer (a NACK) carries the reasons. A refused
 //! resource counts as held only in the version that was taken before.
+//!
+//! What is held has a bound: resources beyond it are refused like those that cannot be
+//! read. A host has one for all its tenants, of which each has a share.
 
 use std::{collections::HashMap, sync::Arc};
 
+use bounds::{Holding, Level};
 use envoy_types::pb::{
     envoy::service::discovery::v3::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource},
     google::rpc::Status,
@@ -20,6 +24,7 @@ use mesh_api::{
 use prost::Message;
 
 use crate::{
+    limits::{Account, STATE_PAGE},
     policy::{InvalidPolicy, Policy},
     state::{Change, Interner, InvalidService, InvalidWorkload, Service, Workload},
 };
@@ -28,38 +33,65 @@ use crate::{
 const INVALID_ARGUMENT: i32 = 3;
 /// Reasons in one NACK; the rest is counted.
 const MAX_REASONS: usize = 10;
+/// Bytes of the longest name in a reason, and of a reason.
+const MAX_REASON_BYTES: usize = 256;
+/// What a resource takes beside its bytes: as parsed, and in the indices by name,
+/// address and service.
+const OVERHEAD: usize = 1024;
 
 #[derive(Debug)]
 pub struct Subscriptions {
     addresses: Held,
     authorizations: Held,
+    room: Room,
     strings: Interner,
 }
 
-impl Default for Subscriptions {
-    fn default() -> Self {
-        Self {
-            addresses: Held::new(ADDRESS_TYPE),
-            authorizations: Held::new(AUTHORIZATION_TYPE),
-            strings: Interner::default(),
-        }
+/// What all that is held takes, of what it may.
+#[derive(Debug)]
+struct Room {
+    pages: Holding<Account>,
+    bytes: usize,
+}
+
+impl Room {
+    /// Gives back what `old` took, and takes `new`; or changes nothing.
+    fn exchange(&mut self, old: usize, new: usize) -> Result<(), InvalidResource> {
+        let bytes = self.bytes.saturating_sub(old).saturating_add(new);
+        self.pages
+            .resize(bytes.div_ceil(STATE_PAGE))
+            .map_err(|level| InvalidResource::NoRoom { level })?;
+        self.bytes = bytes;
+        Ok(())
+    }
+
+    /// To no more than it was, which cannot be refused.
+    fn shrink(&mut self, old: usize, new: usize) {
+        let _given_back = self.exchange(old, new).is_ok();
     }
 }
 
-/// The resources of one type, by name, in the version that was taken.
+/// The resources of one type, by name.
 #[derive(Debug)]
 struct Held {
     type_url: &'static str,
-    versions: HashMap<Arc<str>, Box<str>>,
+    resources: HashMap<Arc<str>, Taken>,
     /// Whether any response of the type was taken, in this life of the process.
     told: bool,
+}
+
+#[derive(Debug)]
+struct Taken {
+    /// That was taken; None for what only stands for a policy that cannot be read.
+    version: Option<Box<str>>,
+    bytes: usize,
 }
 
 impl Held {
     fn new(type_url: &'static str) -> Self {
         Self {
             type_url,
-            versions: HashMap::new(),
+            resources: HashMap::new(),
             told: false,
         }
     }
@@ -69,13 +101,19 @@ impl Held {
         DeltaDiscoveryRequest {
             type_url: self.type_url.to_owned(),
             initial_resource_versions: self
-                .versions
+                .resources
                 .iter()
-                .map(|(name, version)| (name.to_string(), version.to_string()))
+                .filter_map(|(name, taken)| Some((name.to_string(), taken.version.as_ref()?.to_string())))
                 .collect(),
             ..DeltaDiscoveryRequest::default()
         }
     }
+}
+
+/// Of a resource, parsed and indexed.
+fn size(resource: &Resource) -> usize {
+    let value = resource.resource.as_ref().map_or(0, |any| any.value.len());
+    OVERHEAD + 2 * (resource.name.len() + value) + resource.version.len()
 }
 
 /// What a response amounts to.
@@ -106,12 +144,17 @@ pub enum InvalidResource {
     Neither,
     #[error("it is named {inside:?} inside")]
     OtherName { inside: String },
+    #[error("the {level}'s share of room for mesh state is used up")]
+    NoRoom { level: Level },
     #[error("{0}")]
     Workload(InvalidWorkload),
     #[error("{0}")]
     Service(InvalidService),
     #[error("{0}")]
     Policy(InvalidPolicy),
+    /// Something stands for the most that it could refuse.
+    #[error("{0}")]
+    Closed(InvalidPolicy),
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -121,6 +164,19 @@ pub struct UnknownType {
 }
 
 impl Subscriptions {
+    /// That hold no more than `room` gives them, in [`STATE_PAGE`]s.
+    pub fn within(room: Holding<Account>) -> Self {
+        Self {
+            addresses: Held::new(ADDRESS_TYPE),
+            authorizations: Held::new(AUTHORIZATION_TYPE),
+            room: Room {
+                pages: room,
+                bytes: 0,
+            },
+            strings: Interner::default(),
+        }
+    }
+
     /// The first requests of a new stream.
     pub fn open(&self) -> [DeltaDiscoveryRequest; 2] {
         [self.addresses.open(), self.authorizations.open()]
@@ -130,6 +186,7 @@ impl Subscriptions {
         let Self {
             addresses,
             authorizations,
+            room,
             strings,
         } = self;
         let held = match response.type_url.as_str() {
@@ -145,28 +202,51 @@ impl Subscriptions {
         let mut rejected = Vec::new();
         // Removals first: a name that is in both is then there, as the newer.
         for name in response.removed_resources {
-            held.versions.remove(&*name);
+            if let Some(taken) = held.resources.remove(&*name) {
+                room.shrink(taken.bytes, 0);
+            }
             changes.push(match held.type_url {
                 ADDRESS_TYPE => Change::RemoveAddress(name.into()),
                 _ => Change::RemovePolicy(name.into()),
             });
         }
+        // Until all policies are held that were told of, no pod comes into the mesh.
+        let mut all_held = true;
         for resource in response.resources {
-            let name = resource.name.clone();
-            let known = held.versions.contains_key(&*name);
-            let parsed = match held.type_url {
-                ADDRESS_TYPE => parse_address(&resource, strings),
-                _ => parse_policy(&resource, known, &mut changes),
+            let known = held.resources.get(&*resource.name);
+            let (before, version) = known.map_or((0, None), |taken| (taken.bytes, taken.version.clone()));
+            let bytes = size(&resource);
+            // Of the larger until it is known which stays.
+            let parsed = room
+                .exchange(before, bytes.max(before))
+                .and_then(|()| match held.type_url {
+                    ADDRESS_TYPE => parse_address(&resource, strings),
+                    _ => parse_policy(&resource, version.is_some(), &mut changes),
+                });
+            let stays = match &parsed {
+                Ok(_) => Some(Some(resource.version.into())),
+                Err(InvalidResource::Closed(_)) => Some(version),
+                Err(_) => None,
             };
+            if let Err(InvalidResource::NoRoom { .. }) = parsed {
+                all_held = false;
+            } else {
+                let after = if stays.is_some() { bytes } else { before };
+                room.shrink(bytes.max(before), after);
+            }
+            if let Some(version) = stays {
+                let name = resource.name.as_str().into();
+                held.resources.insert(name, Taken { version, bytes });
+            }
             match parsed {
-                Ok(change) => {
-                    held.versions.insert(name.into(), resource.version.into());
-                    changes.push(change);
-                }
-                Err(reason) => rejected.push(Rejected { name, reason }),
+                Ok(change) => changes.push(change),
+                Err(reason) => rejected.push(Rejected {
+                    name: resource.name,
+                    reason,
+                }),
             }
         }
-        held.told = true;
+        held.told |= all_held || held.type_url == ADDRESS_TYPE;
         let answer = DeltaDiscoveryRequest {
             type_url: held.type_url.to_owned(),
             response_nonce: response.nonce,
@@ -188,6 +268,7 @@ fn nack(rejected: &[Rejected]) -> Option<Status> {
     }
     let mut message = String::new();
     for Rejected { name, reason } in rejected.iter().take(MAX_REASONS) {
+        let (name, reason) = (shortened(name), shortened(&reason.to_string()));
         message.push_str(&format!("{name}: {reason}; "));
     }
     if let Some(more @ 1..) = rejected.len().checked_sub(MAX_REASONS) {
@@ -198,6 +279,13 @@ fn nack(rejected: &[Rejected]) -> Option<Status> {
         message: message.trim_end_matches("; ").to_owned(),
         details: vec![],
     })
+}
+
+fn shortened(text: &str) -> String {
+    match text.char_indices().nth(MAX_REASON_BYTES) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
 }
 
 fn decode<M: Message + Default>(resource: &Resource, type_url: &str) -> Result<M, InvalidResource> {
@@ -251,6 +339,7 @@ fn parse_policy(
         Err(reason) => {
             if !known && let Ok(closed) = Policy::unreadable(&policy) {
                 changes.push(Change::Policy(Arc::new(closed)));
+                return Err(InvalidResource::Closed(reason));
             }
             Err(InvalidResource::Policy(reason))
         }

@@ -15,6 +15,7 @@ use serde::Deserialize;
 /// pool_ranges = ["10.77.0.0/16"]
 /// underlay = ["192.0.2.0/24"]
 /// allow = ["192.0.2.1:6443"]
+/// control_planes = ["192.0.2.2/32"]
 /// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -29,6 +30,10 @@ pub struct Network {
     /// What pods may reach for all that, each by address and port: a tenant's API
     /// server, a name server. Over TCP and UDP.
     pub allow: BTreeSet<SocketAddrV4>,
+    /// Where in `underlay` tenants' virtual nodes serve their hosts (mesh state and
+    /// certificates). Elsewhere in it, and on the host itself, this host dials nothing
+    /// for a tenant; outside of it, whatever the tenant says.
+    pub control_planes: Vec<Ipv4Net>,
 }
 
 impl Network {
@@ -44,6 +49,7 @@ impl Network {
         let lists = [
             ("pool_ranges", pool),
             ("underlay", self.underlay.as_deref().unwrap_or(networks)),
+            ("control_planes", self.control_planes.as_slice()),
         ];
         for (list, ranges) in lists {
             for (i, range) in ranges.iter().enumerate() {
@@ -70,8 +76,9 @@ impl Network {
                 "policy.network.allow: {pods} may be a pod's: whose pods reach it is not decided here"
             ));
         }
-        let [(_, pool), (_, underlay)] = lists;
+        let [(_, pool), (_, underlay), (_, control_planes)] = lists;
         OffLimits::new(pool, underlay, self.allow.iter().copied())
+            .map(|limits| limits.with_control_planes(control_planes.to_vec()))
             .map_err(|problem| format!("policy.network: {problem}"))
     }
 }
@@ -103,6 +110,17 @@ mod tests {
     }
 
     #[test]
+    fn a_control_plane_in_the_hosts_own_network_is_one_that_the_operator_names() {
+        let refused = |policy: &str, to: &str| {
+            let limits = off_limits(policy).unwrap();
+            limits.refuse_control_plane(&[], to.parse().unwrap()).is_some()
+        };
+        let named = "control_planes = [\"192.0.2.2/32\"]";
+        assert!(refused("", "192.0.2.2:7444") && refused(named, "192.0.2.3:7444"));
+        assert!(!refused(named, "192.0.2.2:7444") && !refused("", "203.0.113.2:7444"));
+    }
+
+    #[test]
     fn a_policy_with_a_mistake_is_refused_by_field() {
         for (policy, says) in [
             (
@@ -119,6 +137,10 @@ mod tests {
             ),
             ("allow = [\"10.77.1.2:80\"]", "policy.network.allow: 10.77.1.2:80"),
             ("allow = [\"192.0.2.1\"]", "invalid IPv4 socket address"),
+            (
+                "control_planes = [\"0.0.0.0/0\"]",
+                "policy.network.control_planes[0]: 0.0.0.0/0 is everything",
+            ),
             ("alow = []", "unknown field"),
         ] {
             let error = off_limits(policy).unwrap_err();

@@ -1,8 +1,26 @@
+use bounds::{Budget, Path, Rule, Shared, Step};
 use envoy_types::pb::google::protobuf::Any;
 use mesh_api::istio::{security, workload as wire};
 use proptest::prelude::*;
 
 use super::*;
+
+/// With room for so many pages.
+fn within(shared: &Shared<Account>) -> Subscriptions {
+    let path = Path {
+        trunk: Arc::from([Step {
+            key: Account::Tenant(1),
+            level: Level::Tenant,
+            rule: Rule::FAIR,
+        }]),
+        leaf: None,
+    };
+    Subscriptions::within(Holding::new(shared.clone(), path))
+}
+
+fn subscriptions() -> Subscriptions {
+    within(&Shared::new(Budget::new(1024, 0)))
+}
 
 fn resource(name: &str, version: &str, type_url: &str, value: Vec<u8>) -> Resource {
     Resource {
@@ -88,7 +106,7 @@ fn pair(name: &str, version: &str) -> (String, String) {
 
 #[test]
 fn a_new_stream_asks_for_everything_and_says_what_is_held() {
-    let mut subscriptions = Subscriptions::default();
+    let mut subscriptions = subscriptions();
     let [addresses, policies] = subscriptions.open();
     assert_eq!(addresses.type_url, ADDRESS_TYPE);
     assert_eq!(policies.type_url, AUTHORIZATION_TYPE);
@@ -107,7 +125,7 @@ fn a_new_stream_asks_for_everything_and_says_what_is_held() {
 
 #[test]
 fn an_answer_has_the_nonce_and_is_an_ack_if_all_was_taken() {
-    let mut subscriptions = Subscriptions::default();
+    let mut subscriptions = subscriptions();
     let received = subscriptions
         .receive(response(ADDRESS_TYPE, vec![workload("a", "1")], &[]))
         .unwrap();
@@ -119,7 +137,7 @@ fn an_answer_has_the_nonce_and_is_an_ack_if_all_was_taken() {
 
 #[test]
 fn a_bad_resource_is_refused_by_itself_with_its_reason() {
-    let mut subscriptions = Subscriptions::default();
+    let mut subscriptions = subscriptions();
     let told = vec![workload("a", "1"), bad_workload("b", "1"), workload("c", "1")];
     let received = subscriptions.receive(response(ADDRESS_TYPE, told, &[])).unwrap();
     assert_eq!(received.changes.len(), 2);
@@ -135,7 +153,7 @@ fn a_bad_resource_is_refused_by_itself_with_its_reason() {
 
 #[test]
 fn a_bad_new_version_leaves_the_one_before_it_held() {
-    let mut subscriptions = Subscriptions::default();
+    let mut subscriptions = subscriptions();
     subscriptions
         .receive(response(ADDRESS_TYPE, vec![workload("a", "1")], &[]))
         .unwrap();
@@ -149,7 +167,7 @@ fn a_bad_new_version_leaves_the_one_before_it_held() {
 #[test]
 fn what_a_resource_says_of_itself_has_to_fit_what_is_said_of_it() {
     let refuse = |bad: Resource, wanted: &str| {
-        let received = Subscriptions::default()
+        let received = subscriptions()
             .receive(response(ADDRESS_TYPE, vec![bad], &[]))
             .unwrap();
         assert!(received.changes.is_empty());
@@ -177,7 +195,7 @@ fn what_a_resource_says_of_itself_has_to_fit_what_is_said_of_it() {
 
 #[test]
 fn a_type_nobody_asked_for_ends_the_stream() {
-    let error = Subscriptions::default()
+    let error = subscriptions()
         .receive(response("type.example/x", vec![], &[]))
         .unwrap_err();
     assert!(error.to_string().contains("type.example/x"));
@@ -185,7 +203,7 @@ fn a_type_nobody_asked_for_ends_the_stream() {
 
 #[test]
 fn both_types_have_to_be_told_before_the_state_is_whole() {
-    let mut subscriptions = Subscriptions::default();
+    let mut subscriptions = subscriptions();
     assert!(
         !subscriptions
             .receive(response(ADDRESS_TYPE, vec![], &[]))
@@ -208,7 +226,7 @@ fn both_types_have_to_be_told_before_the_state_is_whole() {
 
 #[test]
 fn an_unreadable_policy_stands_closed_until_it_can_be_read_and_never_unseats_a_good_one() {
-    let mut subscriptions = Subscriptions::default();
+    let mut subscriptions = subscriptions();
     let first = subscriptions
         .receive(response(AUTHORIZATION_TYPE, vec![policy("p", "1", 70000)], &[]))
         .unwrap();
@@ -233,7 +251,7 @@ fn an_unreadable_policy_stands_closed_until_it_can_be_read_and_never_unseats_a_g
 #[test]
 fn a_nack_of_many_reasons_stays_short() {
     let told = (0..1000).map(|i| bad_workload(&format!("w{i}"), "1")).collect();
-    let received = Subscriptions::default()
+    let received = subscriptions()
         .receive(response(ADDRESS_TYPE, told, &[]))
         .unwrap();
     let message = received.answer.error_detail.unwrap().message;
@@ -246,7 +264,73 @@ proptest! {
     fn no_bytes_break_the_client(name: String, value: Vec<u8>, addresses: bool) {
         let url = if addresses { ADDRESS_TYPE } else { AUTHORIZATION_TYPE };
         let told = response(url, vec![resource(&name, "1", url, value)], &[]);
-        let received = Subscriptions::default().receive(told).unwrap();
+        let received = subscriptions().receive(told).unwrap();
         prop_assert!(received.changes.len() + received.rejected.len() >= 1);
     }
+}
+
+#[test]
+fn what_is_told_without_end_is_refused_beyond_its_room_and_what_is_held_stays() {
+    let shared = Shared::new(Budget::new(8, 0));
+    let mut subscriptions = within(&shared);
+    let mut taken = 0;
+    let mut refused = None;
+    // Each response is small, its names are new, and nothing is removed.
+    for n in 0..100_000 {
+        let told = response(ADDRESS_TYPE, vec![workload(&format!("w{n}"), "1")], &[]);
+        let received = subscriptions.receive(told).unwrap();
+        taken += received.changes.len();
+        if let Some(error) = received.answer.error_detail {
+            refused = Some(error.message);
+            break;
+        }
+    }
+    let refused = refused.expect("a bound on what is held");
+    assert!(
+        refused.contains("the tenant's share of room for mesh state is used up"),
+        "{refused}"
+    );
+    assert!((100..=400).contains(&taken), "{taken} of 4 pages");
+    assert_eq!(held(&subscriptions, 0).len(), taken);
+    // The same in unreadable policies, which something has to stand for.
+    let bad: Vec<_> = (0..1000).map(|n| policy(&format!("p{n}"), "1", 70_000)).collect();
+    let received = subscriptions
+        .receive(response(AUTHORIZATION_TYPE, bad, &[]))
+        .unwrap();
+    assert!(received.changes.len() < 100, "{}", received.changes.len());
+    assert!(!received.synced, "policies are missing");
+    assert!(shared.held() <= 4);
+    // Room comes back, and is there again.
+    let gone: Vec<String> = (0..taken).map(|n| format!("w{n}")).collect();
+    let gone: Vec<&str> = gone.iter().map(String::as_str).collect();
+    let received = subscriptions
+        .receive(response(ADDRESS_TYPE, vec![workload("new", "1")], &gone))
+        .unwrap();
+    assert!(received.answer.error_detail.is_none());
+    drop(subscriptions);
+    assert_eq!(shared.held(), 0);
+}
+
+#[test]
+fn a_resource_that_cannot_be_read_takes_no_room() {
+    let shared = Shared::new(Budget::new(8, 0));
+    let mut subscriptions = within(&shared);
+    for n in 0..10_000 {
+        let told = response(ADDRESS_TYPE, vec![bad_workload(&format!("w{n}"), "1")], &[]);
+        subscriptions.receive(told).unwrap();
+    }
+    assert_eq!(shared.held(), 0);
+    // Nor does a new version of one that is held, again and again.
+    for n in 0..10_000 {
+        let told = response(
+            ADDRESS_TYPE,
+            vec![workload("w", &n.to_string()), bad_workload("w", "x")],
+            &[],
+        );
+        assert_eq!(subscriptions.receive(told).unwrap().rejected.len(), 1);
+    }
+    assert_eq!(
+        (shared.held(), held(&subscriptions, 0)),
+        (1, vec![pair("w", "9999")])
+    );
 }
