@@ -127,10 +127,14 @@ pub struct MeshRuntime {
     traffic: Arc<Metrics>,
     metrics: Arc<RuntimeMetrics>,
     shares: Arc<Shares>,
-    /// Held while a tenant is opened or closed, so that this happens once.
-    tenants: tokio::sync::Mutex<HashMap<TenantId, Arc<OpenTenant>>>,
+    /// One for each tenant that was ever opened here.
+    tenants: Mutex<HashMap<TenantId, Slot>>,
     attached: Arc<Attached>,
 }
+
+/// A tenant, if it is open. Held while it is opened or closed, so that this happens once
+/// and nobody else waits for it.
+type Slot = Arc<tokio::sync::Mutex<Option<Arc<OpenTenant>>>>;
 
 /// The attachments there are. Its tasks hold it weakly: when the runtime is
 /// dropped their queues close, and they end without undoing anything.
@@ -176,6 +180,11 @@ impl MeshRuntime {
         self.pool_tls.replace(certificate, key, ca)
     }
 
+    fn slot(&self, tenant: &TenantId) -> Slot {
+        let mut tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
+        tenants.entry(tenant.clone()).or_default().clone()
+    }
+
     /// Opens the tenant in its router, a network namespace whose device towards
     /// the host is `uplink`; takes over what an earlier process left there. Doing
     /// it again changes nothing.
@@ -185,12 +194,12 @@ impl MeshRuntime {
         router: &Path,
         uplink: &str,
     ) -> Result<(), OpenTenantError> {
-        let mut tenants = self.tenants.lock().await;
-        if let Some(open) = tenants.get(&tenant.id) {
+        let slot = self.slot(&tenant.id);
+        let mut slot = slot.lock().await;
+        if let Some(open) = &*slot {
             return open.check_same(tenant, router, uplink);
         }
-        let open = OpenTenant::open(self, tenant, router, uplink).await?;
-        tenants.insert(tenant.id.clone(), Arc::new(open));
+        *slot = Some(Arc::new(OpenTenant::open(self, tenant, router, uplink).await?));
         tracing::info!(tenant = %tenant.id, "tenant opened");
         Ok(())
     }
@@ -204,15 +213,15 @@ impl MeshRuntime {
     /// before: a device without the program on it is not classified.
     pub async fn attach(&self, wanted: PodAttachment) -> Result<Attachment, AttachError> {
         let key = wanted.pod.key.clone();
-        let tenant = self
-            .tenants
-            .lock()
-            .await
-            .get(&wanted.pod.tenant)
-            .cloned()
-            .ok_or_else(|| AttachError::NoTenant {
-                tenant: wanted.pod.tenant.clone(),
-            })?;
+        let no_tenant = || AttachError::NoTenant {
+            tenant: wanted.pod.tenant.clone(),
+        };
+        let slot = {
+            let tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
+            tenants.get(&wanted.pod.tenant).cloned()
+        };
+        let slot = slot.ok_or_else(no_tenant)?;
+        let tenant = slot.lock().await.clone().ok_or_else(no_tenant)?;
 
         let (attachment, attached) = self.attached.with(|entries| {
             if let Some(entry) = entries.get(&key) {
@@ -290,7 +299,8 @@ impl MeshRuntime {
     /// deleted, and must be, for nothing in it is classified any more. Refused
     /// while pods are attached.
     pub async fn close_tenant(&self, id: &TenantId) -> Result<(), CloseTenantError> {
-        let mut tenants = self.tenants.lock().await;
+        let slot = self.slot(id);
+        let mut slot = slot.lock().await;
         let in_use = || CloseTenantError::InUse { tenant: id.clone() };
         if self
             .attached
@@ -298,7 +308,7 @@ impl MeshRuntime {
         {
             return Err(in_use());
         }
-        let Some(open) = tenants.remove(id) else {
+        let Some(open) = slot.take() else {
             return Ok(());
         };
         match Arc::try_unwrap(open) {
@@ -308,7 +318,7 @@ impl MeshRuntime {
             })?,
             // A pod of it is just being attached.
             Err(open) => {
-                tenants.insert(id.clone(), open);
+                *slot = Some(open);
                 return Err(in_use());
             }
         }

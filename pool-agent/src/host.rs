@@ -22,6 +22,7 @@ use std::{
     time::Duration,
 };
 
+use jiff::{SignedDuration, Timestamp};
 use mesh_runtime::{
     off_limits::Refused,
     runtime::{CloseTenantError, OpenTenantError},
@@ -31,7 +32,10 @@ use pool_agent_api::{
     spec::{MeshMode, Volume},
     status::{MeshState, Notice},
 };
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    sync::{Semaphore, mpsc, oneshot, watch},
+    time::Instant,
+};
 use tracing::Instrument;
 
 use abilities::HostAbilities;
@@ -52,7 +56,7 @@ use crate::{
     sandbox::{
         Lifecycle,
         clock::after,
-        driver::{self, Command, INBOX, Outlet, Progress, UpdateError, addressing},
+        driver::{self, Command, INBOX, Outlet, Progress, UPDATES, Update, UpdateError, addressing},
         event::{ContainerId, Event, SandboxId},
         eviction::{self, Disk},
         perform::{Hands, Workshop},
@@ -81,6 +85,8 @@ pub enum TenantError {
     Close(#[from] CloseTenantError),
     #[error("recording the tenant")]
     Ledger(#[from] LedgerError),
+    #[error("{WAITING} tenants without a claim are known to this host: try again later")]
+    TooMany,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -93,6 +99,8 @@ pub enum StartError {
     Ledger(#[from] LedgerError),
     #[error(transparent)]
     Unclaimed(Unclaimed),
+    #[error("opening the sandbox's tenant")]
+    Tenant(#[from] TenantError),
     #[error("the request that admitted the sandbox failed")]
     OtherFailed,
 }
@@ -126,14 +134,27 @@ struct Inner {
     privilege: Privilege,
     claims: Claims,
     state: Mutex<State>,
-    /// Held while a tenant is configured, so that this happens once at a time.
-    configuring: tokio::sync::Mutex<()>,
+    /// One for each tenant that asked. Held while it is configured, so that this happens
+    /// once at a time and nobody else waits for it.
+    configuring: Mutex<HashMap<TenantId, Turn>>,
 }
+
+/// When a tenant's settings were last made anew.
+type Turn = Arc<tokio::sync::Mutex<Option<Instant>>>;
+
+/// Tenants whose settings are kept without a claim: each is some KiB at most.
+const WAITING: usize = 1024;
+
+/// Between two changes of a tenant's settings: each makes a router, a mesh and a record
+/// on disk anew. Whoever is sooner waits.
+const BETWEEN_CHANGES: Duration = Duration::from_secs(2);
 
 struct State {
     admission: Admission,
     user_ids: IdRanges,
     tenants: HashMap<TenantId, OpenTenant>,
+    /// Settings of tenants that have no claim here yet.
+    waiting: HashMap<TenantId, Tenant>,
     residents: HashMap<SandboxKey, Resident>,
 }
 
@@ -168,6 +189,36 @@ struct Resident {
     disk: watch::Receiver<Disk>,
     /// Nothing is left of it, and the ledger says so.
     ended: watch::Receiver<bool>,
+    stops: Stops,
+    /// Places of [`Update`]s.
+    updates: Arc<Semaphore>,
+}
+
+/// The stops of a sandbox that are on disk: by when it was to have stopped, at the
+/// earliest, and how many there are. Pure.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Stops {
+    by: Option<Timestamp>,
+    recorded: u32,
+}
+
+/// Stops that are recorded however little they hasten it.
+const STOPS_RECORDED: u32 = 4;
+
+impl Stops {
+    /// Whether a stop is worth a record. Each takes of the room that is set aside for
+    /// ends, so that there must be a bound to how many there can be: each after the
+    /// first few leaves half of the time at most.
+    fn record(self, by: Timestamp, now: Timestamp) -> Option<Self> {
+        let left = |by: Timestamp| by.duration_since(now).max(SignedDuration::ZERO);
+        let worth = self.by.is_none_or(|known| {
+            by < known && (self.recorded < STOPS_RECORDED || left(by) <= left(known) / 2)
+        });
+        worth.then_some(Self {
+            by: Some(by),
+            recorded: self.recorded.saturating_add(1),
+        })
+    }
 }
 
 /// The far ends of a [`Resident`].
@@ -201,6 +252,8 @@ fn resident(tenant: &TenantId) -> (Resident, Ends) {
         durable: durable.subscribe(),
         disk: disk.subscribe(),
         ended: ended.subscribe(),
+        stops: Stops::default(),
+        updates: Arc::new(Semaphore::new(UPDATES)),
     };
     let ends = Ends {
         commands: inbox,
@@ -305,16 +358,39 @@ impl Host {
 
     // ---- tenants
 
+    /// Of a tenant that has no claim here only its settings are kept, until it has: an
+    /// address, a router and a mesh are for those who bring pods.
     pub async fn configure_tenant(&self, tenant: Tenant) -> Result<(), TenantError> {
-        let _one_at_a_time = self.inner.configuring.lock().await;
-        let (known, pods) = {
-            let state = self.state();
+        self.check_name_servers(&tenant)?;
+        {
+            let mut state = self.state();
             let pods = state.residents.values().any(|r| r.tenant == tenant.id);
-            (state.tenants.get(&tenant.id).cloned(), pods)
-        };
-        if known.as_ref().is_some_and(|known| known.settings == tenant) {
-            return Ok(());
+            if !pods && !self.inner.claims.are_here(&tenant.id) {
+                let same = |known: &OpenTenant| known.settings == tenant;
+                if state.tenants.get(&tenant.id).is_some_and(same) {
+                    return Ok(());
+                }
+                if state.waiting.len() >= WAITING && !state.waiting.contains_key(&tenant.id) {
+                    return Err(TenantError::TooMany);
+                }
+                tracing::debug!(tenant = %tenant.id, "a tenant without a claim waits to be opened");
+                state.waiting.insert(tenant.id.clone(), tenant);
+                return Ok(());
+            }
         }
+        self.apply_settings(tenant).await
+    }
+
+    /// Opens a tenant that was without a claim and has one now.
+    async fn open_waiting(&self, tenant: &TenantId) -> Result<(), TenantError> {
+        let waiting = self.state().waiting.get(tenant).cloned();
+        match waiting {
+            Some(settings) => self.apply_settings(settings).await,
+            None => Ok(()),
+        }
+    }
+
+    fn check_name_servers(&self, tenant: &Tenant) -> Result<(), TenantError> {
         for (i, server) in tenant.upstream_nameservers.iter().enumerate() {
             let limits = &self.inner.shop.off_limits;
             let pods = limits.is_pods(*server).then_some(Refused::OffLimits);
@@ -326,7 +402,36 @@ impl Host {
                 });
             }
         }
-        if known.is_some() {
+        Ok(())
+    }
+
+    async fn apply_settings(&self, tenant: Tenant) -> Result<(), TenantError> {
+        let same = |known: &OpenTenant| known.settings == tenant;
+        if self.state().tenants.get(&tenant.id).is_some_and(same) {
+            self.state().waiting.remove(&tenant.id);
+            return Ok(());
+        }
+        let turn = {
+            let mut turns = self
+                .inner
+                .configuring
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            turns.entry(tenant.id.clone()).or_default().clone()
+        };
+        let mut changed = turn.lock().await;
+        if self.state().tenants.get(&tenant.id).is_some_and(same) {
+            return Ok(());
+        }
+        if let Some(changed) = *changed {
+            tokio::time::sleep_until(changed + BETWEEN_CHANGES).await;
+        }
+        let (known, pods) = {
+            let state = self.state();
+            let pods = state.residents.values().any(|r| r.tenant == tenant.id);
+            (state.tenants.contains_key(&tenant.id), pods)
+        };
+        if known {
             if pods {
                 return Err(TenantError::InUse("its settings cannot change under them"));
             }
@@ -334,13 +439,21 @@ impl Host {
             self.inner.shop.mesh.close_tenant(&tenant.id).await?;
             self.state().tenants.remove(&tenant.id);
         }
+        // Whatever comes of it.
+        *changed = Some(Instant::now());
         let opened = self.open_tenant(&tenant).await?;
         self.inner
             .ledger
             .commit(vec![Record::Tenant(tenant.clone())])
             .await?;
         let router = opened.router.address();
-        self.state().tenants.insert(tenant.id.clone(), opened);
+        {
+            let mut state = self.state();
+            state.tenants.insert(tenant.id.clone(), opened);
+            if state.waiting.get(&tenant.id) == Some(&tenant) {
+                state.waiting.remove(&tenant.id);
+            }
+        }
         tracing::info!(tenant = %tenant.id, router = %router, "tenant configured");
         Ok(())
     }
@@ -388,6 +501,7 @@ impl Host {
             })
         });
         self.claimed(&spec).await?;
+        self.open_waiting(&spec.tenant).await?;
         let slimmed = Arc::new(slim(spec.clone()));
         let accepted_at = self.inner.shop.clock.now();
         let Newcomer {
@@ -549,8 +663,22 @@ impl Host {
         grace: Duration,
     ) -> Result<(), SandboxError> {
         let resident = self.resident(tenant, key)?;
-        let by = after(self.inner.shop.clock.now(), grace);
+        let now = self.inner.shop.clock.now();
+        let by = after(now, grace);
         tell(&resident, Command::Event(Event::Stop { grace })).await;
+        let before = {
+            let mut state = self.state();
+            let Some(known) = state.residents.get_mut(key) else {
+                return Ok(());
+            };
+            if known.progress.borrow().stopped {
+                return Ok(());
+            }
+            let Some(stops) = known.stops.record(by, now) else {
+                return Ok(());
+            };
+            std::mem::replace(&mut known.stops, stops)
+        };
         // An agent that starts again in the middle goes on stopping.
         if let Err(error) = self
             .inner
@@ -558,6 +686,9 @@ impl Host {
             .commit(vec![Record::Stopping(key.clone(), by)])
             .await
         {
+            if let Some(known) = self.state().residents.get_mut(key) {
+                known.stops = before;
+            }
             tracing::warn!(pod.uid = %key.pod, attempt = %key.attempt, error = %error, "a stop cannot be recorded");
         }
         Ok(())
@@ -570,8 +701,11 @@ impl Host {
         volumes: Vec<Volume>,
     ) -> Result<(), SandboxError> {
         let resident = self.resident(tenant, key)?;
+        let place = resident.updates.clone().acquire_owned().await;
+        let place = place.map_err(|_| SandboxError::Unknown(key.clone()))?;
         let (done, answer) = oneshot::channel();
-        tell(&resident, Command::Update { volumes, done }).await;
+        let update = Update { volumes, done, place };
+        tell(&resident, Command::Update(update)).await;
         answer
             .await
             .map_err(|_| SandboxError::Unknown(key.clone()))?
@@ -803,5 +937,33 @@ impl Believers for Host {
         {
             tracing::debug!(error = %error, "a sign did not reach its driver");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stops_without_end_are_few_records_and_the_earliest_counts() {
+        let now = Timestamp::UNIX_EPOCH;
+        let at = |seconds: i64| Timestamp::from_second(seconds).unwrap();
+        let mut stops = Stops::default();
+        let mut records = 0;
+        // A year of grace, and then each second less.
+        let grace = 365 * 86_400;
+        for by in (0..grace).rev().step_by(7) {
+            if let Some(recorded) = stops.record(at(by), now) {
+                (stops, records) = (recorded, records + 1);
+            }
+        }
+        assert!(records <= STOPS_RECORDED + 26, "{records}");
+        assert!(stops.by <= Some(at(14)), "{stops:?}");
+        // The same again, and later, are none.
+        assert_eq!(stops.record(at(grace), now), None);
+        assert_eq!(stops.record(stops.by.unwrap(), now), None);
+        let first = Stops::default().record(at(60), now).unwrap();
+        assert_eq!(first.record(at(60), now), None);
+        assert!(first.record(at(59), now).is_some());
     }
 }

@@ -13,13 +13,16 @@
 //! A disk that fills up stops no pod from being stopped: room for the ends of what is
 //! here is set aside on the disk while there is some, and nothing is admitted
 //! without it. A write that failed is cut off again, and the next one is tried.
+//!
+//! What is over takes room until the file is several times as large as it need be: then
+//! it is written anew, as at a start.
 
 use std::{
     collections::BTreeMap,
     fs::{File, OpenOptions},
     io::{self, Read, Write},
     net::Ipv4Addr,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
     thread,
 };
@@ -42,6 +45,10 @@ const QUEUE: usize = 256;
 /// Set aside on the disk beyond the file's end, in bytes: some thousand stops and ends,
 /// more than a host has sandboxes.
 const RESERVE: u64 = 1 << 20;
+/// The file is written anew when it has so many times the bytes that it had then, but
+/// no smaller than this.
+const GROWTH: u64 = 4;
+const SMALL: u64 = 1 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum LedgerError {
@@ -107,7 +114,7 @@ impl Record {
 }
 
 /// What the ledger held when it was opened.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Contents {
     /// How often an agent has been started here; orders revisions over restarts.
     pub generation: u32,
@@ -142,9 +149,7 @@ impl Ledger {
         };
         let (mut contents, whole) = read(path)?;
         contents.generation = contents.generation.saturating_add(1);
-        if contents.ended.len() > ENDED_KEPT {
-            contents.ended.drain(..contents.ended.len() - ENDED_KEPT);
-        }
+        contents.forget_the_oldest();
         let file = match rewrite(path, &contents) {
             Ok(file) => file,
             Err(error) if is_full(&error) => {
@@ -154,13 +159,14 @@ impl Ledger {
             Err(error) => return Err(opening(error)),
         };
         let writer = Writer::new(file).map_err(opening)?;
+        let upkeep = Upkeep::new(path, contents.clone(), writer.good);
         if let Err(error) = writer.set_aside(0) {
             tracing::warn!(error = %error, "the disk has no room for the ledger: nothing will be admitted");
         }
         let (commits, queue) = mpsc::channel(QUEUE);
         thread::Builder::new()
             .name("ledger".into())
-            .spawn(move || write_commits(writer, queue))
+            .spawn(move || write_commits(writer, upkeep, queue))
             .map_err(opening)?;
         Ok((Self { commits }, contents))
     }
@@ -223,6 +229,77 @@ impl Writer {
     }
 }
 
+/// What the file amounts to, and when it is written anew.
+struct Upkeep {
+    path: PathBuf,
+    contents: Contents,
+    due: u64,
+}
+
+impl Upkeep {
+    fn new(path: &Path, contents: Contents, size: u64) -> Self {
+        Self {
+            path: path.to_owned(),
+            contents,
+            due: Self::due_after(size),
+        }
+    }
+
+    fn due_after(size: u64) -> u64 {
+        size.saturating_mul(GROWTH).max(SMALL)
+    }
+
+    fn note(&mut self, records: &[Record]) {
+        for record in records {
+            // What is in memory was valid before it was stored.
+            if let Err(error) = self.contents.apply(Stored::from(record)) {
+                tracing::error!(error = %error, "a record of the ledger does not read");
+            }
+        }
+    }
+
+    /// Leaves the writer with a file that holds the same in fewer bytes, or as it was.
+    fn compact(&mut self, writer: &mut Writer) {
+        if writer.good < self.due {
+            return;
+        }
+        self.contents.forget_the_oldest();
+        let anew = rewrite(&self.path, &self.contents).and_then(Writer::new);
+        match anew {
+            Ok(anew) => {
+                tracing::info!(
+                    before = writer.good,
+                    after = anew.good,
+                    "the ledger was written anew"
+                );
+                *writer = anew;
+                if let Err(error) = writer.set_aside(0) {
+                    tracing::warn!(error = %error, "the disk has no room for the ledger: nothing will be admitted");
+                }
+            }
+            Err(error) => {
+                tracing::warn!(error = %error, "the ledger was not written anew");
+                // It may stand in the old one's place for all that: then it is the ledger.
+                match in_place(&self.path, &writer.file) {
+                    Ok(None) => {}
+                    Ok(Some(anew)) => *writer = anew,
+                    Err(error) => tracing::error!(error = %error, "the ledger cannot be looked at"),
+                }
+            }
+        }
+        self.due = Self::due_after(writer.good);
+    }
+}
+
+/// What is at `path`, if it is not `file`.
+fn in_place(path: &Path, file: &File) -> io::Result<Option<Writer>> {
+    let there = OpenOptions::new().write(true).open(path)?;
+    if there.metadata()?.ino() == file.metadata()?.ino() {
+        return Ok(None);
+    }
+    Writer::new(there).map(Some)
+}
+
 fn is_full(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -230,7 +307,7 @@ fn is_full(error: &io::Error) -> bool {
     )
 }
 
-fn write_commits(mut writer: Writer, mut queue: mpsc::Receiver<Commit>) {
+fn write_commits(mut writer: Writer, mut upkeep: Upkeep, mut queue: mpsc::Receiver<Commit>) {
     let mut waiting = vec![];
     let mut failing = false;
     while queue.blocking_recv_many(&mut waiting, QUEUE) > 0 {
@@ -259,12 +336,16 @@ fn write_commits(mut writer: Writer, mut queue: mpsc::Receiver<Commit>) {
         }
         failing = result.is_err();
         for (_, commit) in commits {
+            if result.is_ok() {
+                upkeep.note(&commit.records);
+            }
             let told = result
                 .as_ref()
                 .copied()
                 .map_err(|e| LedgerError::Write(e.to_string()));
             answer(commit, told);
         }
+        upkeep.compact(&mut writer);
     }
 }
 
@@ -535,6 +616,12 @@ fn key(uid: String, attempt: u32) -> Result<SandboxKey, Invalid> {
 }
 
 impl Contents {
+    fn forget_the_oldest(&mut self) {
+        if let Some(over @ 1..) = self.ended.len().checked_sub(ENDED_KEPT) {
+            self.ended.drain(..over);
+        }
+    }
+
     fn apply(&mut self, stored: Stored) -> Result<(), Invalid> {
         match stored {
             Stored::Generation { number } => self.generation = number,
@@ -549,7 +636,8 @@ impl Contents {
                 mesh_cluster_id,
                 mesh_network,
             } => {
-                let tenant = Tenant::try_from(wire::Tenant {
+                let name = id.clone();
+                let settings = Tenant::try_from(wire::Tenant {
                     id,
                     cluster_pod_range,
                     cluster_domain,
@@ -561,8 +649,16 @@ impl Contents {
                         cluster_id: mesh_cluster_id,
                         network: mesh_network,
                     }),
-                })?;
-                self.tenants.insert(tenant.id.clone(), tenant);
+                });
+                match settings {
+                    Ok(tenant) => drop(self.tenants.insert(tenant.id.clone(), tenant)),
+                    // An earlier agent took what this one would not. Its virtual node
+                    // configures it again.
+                    Err(invalid) => {
+                        tracing::warn!(tenant = name, error = %invalid, "a tenant's settings are left out");
+                        self.tenants.remove(&TenantId::parse("tenant", name)?);
+                    }
+                }
             }
             Stored::Router { tenant, address } => {
                 self.routers.insert(TenantId::parse("tenant", tenant)?, address);

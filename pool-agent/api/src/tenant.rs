@@ -10,6 +10,13 @@ use crate::{
     wire,
 };
 
+/// Bytes of the longest name in DNS, and of a trust domain's (SPIFFE-ID, 2.3).
+const MAX_NAME: usize = 253;
+/// A name in DNS, and a port.
+const MAX_ADDRESS: usize = MAX_NAME + 6;
+/// A resolver asks three; more are kept for those that are away.
+const MAX_NAMESERVERS: usize = 16;
+
 /// What a host has to know of a tenant before it takes the tenant's pods.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tenant {
@@ -63,6 +70,29 @@ impl TryFrom<wire::Tenant> for Tenant {
             return Err(Invalid::missing("cluster_domain"));
         }
         let mesh = required("mesh_control", t.mesh_control)?;
+        for (field, text, longest) in [
+            ("cluster_domain", &t.cluster_domain, MAX_NAME),
+            ("mesh_control.address", &mesh.address, MAX_ADDRESS),
+            ("mesh_control.trust_domain", &mesh.trust_domain, MAX_NAME),
+            ("mesh_control.cluster_id", &mesh.cluster_id, MAX_NAME),
+            ("mesh_control.network", &mesh.network, MAX_NAME),
+        ] {
+            if text.len() > longest {
+                return Err(Invalid::new(
+                    field,
+                    format_args!("has {} bytes: at most {longest} are allowed", text.len()),
+                ));
+            }
+        }
+        if t.upstream_nameservers.len() > MAX_NAMESERVERS {
+            return Err(Invalid::new(
+                "upstream_nameservers",
+                format_args!(
+                    "has {} entries: at most {MAX_NAMESERVERS} are allowed",
+                    t.upstream_nameservers.len()
+                ),
+            ));
+        }
         if mesh
             .address
             .rsplit_once(':')
@@ -106,5 +136,56 @@ impl From<Tenant> for wire::Tenant {
                 network: t.mesh_control.network,
             }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings() -> wire::Tenant {
+        wire::Tenant {
+            id: "demo".into(),
+            cluster_pod_range: "10.77.0.0/16".into(),
+            cluster_domain: "cluster.local".into(),
+            dns_address: "10.96.0.10".into(),
+            upstream_nameservers: vec!["192.0.2.53".into()],
+            mesh_control: Some(wire::MeshControl {
+                address: "node.example:7444".into(),
+                trust_domain: "cluster.local".into(),
+                cluster_id: "Kubernetes".into(),
+                network: String::new(),
+            }),
+        }
+    }
+
+    #[test]
+    fn no_setting_is_longer_than_what_it_names_can_be() {
+        assert!(Tenant::try_from(settings()).is_ok());
+        type Change = fn(&mut wire::Tenant, String);
+        let fields: [(&str, Change); 6] = [
+            ("id", |t, long| t.id = long),
+            ("cluster_domain", |t, long| t.cluster_domain = long),
+            ("mesh_control.address", |t, long| {
+                t.mesh_control.as_mut().unwrap().address = format!("{long}:1");
+            }),
+            ("mesh_control.trust_domain", |t, long| {
+                t.mesh_control.as_mut().unwrap().trust_domain = long;
+            }),
+            ("mesh_control.cluster_id", |t, long| {
+                t.mesh_control.as_mut().unwrap().cluster_id = long;
+            }),
+            ("mesh_control.network", |t, long| {
+                t.mesh_control.as_mut().unwrap().network = long;
+            }),
+        ];
+        for (field, set) in fields {
+            let mut long = settings();
+            set(&mut long, "a".repeat(10_000));
+            assert_eq!(Tenant::try_from(long).unwrap_err().field, field);
+        }
+        let mut many = settings();
+        many.upstream_nameservers = vec!["192.0.2.53".into(); 17];
+        assert_eq!(Tenant::try_from(many).unwrap_err().field, "upstream_nameservers");
     }
 }

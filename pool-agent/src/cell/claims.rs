@@ -74,6 +74,17 @@ impl Claims {
     }
 }
 
+impl Claims {
+    /// Whether a tenant has any claim here that is known of. One that has, and is not
+    /// known for it, is asked about again when it starts something.
+    pub fn are_here(&self, tenant: &TenantId) -> bool {
+        match self {
+            Self::Unneeded => true,
+            Self::Needed(index) => index.has(tenant),
+        }
+    }
+}
+
 /// Whether a claim is bound here, lives, and is for as much as the spec. Pure.
 fn covers(placed: &Placed, host: &HostName, spec: &SandboxSpec) -> Result<(), Unclaimed> {
     let refused = |reason, message| Err(Unclaimed::Refused { reason, message });
@@ -192,6 +203,15 @@ impl Index {
             return None;
         }
         state.pods.get(&id_of(tenant, key)?).cloned()
+    }
+
+    fn has(&self, tenant: &TenantId) -> bool {
+        names::namespace_of(tenant).is_ok_and(|namespace| {
+            let namespace: String = namespace.into();
+            let state = self.state();
+            let mut from = state.pods.range((namespace.clone(), String::new())..);
+            from.next().is_some_and(|((first, _), _)| *first == namespace)
+        })
     }
 
     /// Asks the cell itself. None: no claim for the sandbox is bound here, at some

@@ -25,7 +25,7 @@ use prost::Message;
 use tokio::sync::watch;
 use tracing::Instrument;
 
-use super::{Ends, Host, Inner, Resident, State, Terms, abilities::HostAbilities, resident};
+use super::{Ends, Host, Inner, Resident, State, Stops, Terms, abilities::HostAbilities, resident};
 use crate::{
     admission::{Admission, slim},
     board::Board,
@@ -123,9 +123,10 @@ impl Host {
                     admission,
                     user_ids,
                     tenants: HashMap::new(),
+                    waiting: HashMap::new(),
                     residents: HashMap::new(),
                 }),
-                configuring: tokio::sync::Mutex::default(),
+                configuring: Mutex::default(),
             }),
         };
         let pods = contents.admitted.values().map(|entry| entry.address);
@@ -233,7 +234,11 @@ impl Host {
                 None
             }
         };
-        let (resident, ends) = resident(&entry.tenant);
+        let (mut resident, ends) = resident(&entry.tenant);
+        resident.stops = Stops {
+            by: entry.stop_by,
+            recorded: u32::from(entry.stop_by.is_some()),
+        };
         ends.durable.send_replace(Some(true));
         let mut state = self.state();
         state.admission.restore(

@@ -100,7 +100,7 @@ impl Host {
             let resident = residents.into_iter().find(|(spec, _)| spec.key == goes.key)?;
             Some((resident, pressure::message(shortage, goes)))
         });
-        let ((spec, mut resident), message) = match ranked.await {
+        let ((spec, resident), message) = match ranked.await {
             Ok(Some(ranked)) => ranked,
             Ok(None) => {
                 tracing::warn!(?shortage, "the host is short and has no pod to evict for it");
@@ -117,8 +117,13 @@ impl Host {
             resource = shortage.resource.name(), available = shortage.available, threshold = shortage.threshold,
             "evicting a pod"
         );
-        tell(&resident, Command::Event(Event::Evict(EVICTED, message))).await;
-        let stopped = resident.progress.wait_for(|p| p.stopped || p.gone);
+        let evict = Command::Event(Event::Evict(EVICTED, message));
+        let stopped = async {
+            tell(&resident, evict).await;
+            // An error tells that its driver has ended.
+            let mut progress = resident.progress.clone();
+            progress.wait_for(|p| p.stopped || p.gone).await.is_ok()
+        };
         if tokio::time::timeout(CLEANUP, stopped).await.is_err() {
             tracing::warn!(pod.uid = %spec.key.pod, "an evicted pod takes long to stop");
         }

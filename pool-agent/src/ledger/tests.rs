@@ -116,3 +116,54 @@ async fn commits_that_come_together_are_all_kept() {
     drop(ledger);
     assert_eq!(Ledger::open(&path).unwrap().1.admitted.len(), 100);
 }
+
+#[tokio::test]
+async fn what_is_over_is_left_out_while_the_agent_runs_and_nothing_else() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("ledger");
+    let (ledger, _) = Ledger::open(&path).unwrap();
+    let size = || std::fs::metadata(&path).unwrap().len();
+    let stays = entry("stays", 1, "10.0.0.2");
+    ledger
+        .commit(vec![Record::Admitted(stays.clone())])
+        .await
+        .unwrap();
+    let mut largest = 0;
+    // A tenant that changes its settings again and again, as fast as it can.
+    for n in 0..600 {
+        let settings = |n: u32| {
+            Tenant::try_from(wire::Tenant {
+                id: "demo".into(),
+                cluster_pod_range: "10.77.0.0/16".into(),
+                cluster_domain: format!("{}.{n}", "x".repeat(200)),
+                dns_address: "10.96.0.10".into(),
+                upstream_nameservers: vec![],
+                mesh_control: Some(wire::MeshControl {
+                    address: "node:1".into(),
+                    trust_domain: "x".repeat(250),
+                    cluster_id: "x".repeat(250),
+                    network: "x".repeat(250),
+                }),
+            })
+            .unwrap()
+        };
+        let records = (0..10).map(|m| Record::Tenant(settings(10 * n + m))).collect();
+        ledger.commit(records).await.unwrap();
+        largest = largest.max(size());
+    }
+    assert!(
+        largest <= SMALL + (32 << 10),
+        "{largest} bytes for one tenant and one pod"
+    );
+    let last = entry("last", 1, "10.0.0.3");
+    ledger.commit(vec![Record::Admitted(last.clone())]).await.unwrap();
+    drop(ledger);
+    let (_, contents) = Ledger::open(&path).unwrap();
+    assert_eq!(
+        (contents.generation, contents.last_address),
+        (2, Some(last.address))
+    );
+    assert_eq!(contents.admitted.into_values().collect::<Vec<_>>(), [last, stays]);
+    let domain = &contents.tenants.values().next().unwrap().cluster_domain;
+    assert!(domain.ends_with(".5999"), "{domain}");
+}

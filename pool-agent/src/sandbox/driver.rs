@@ -4,7 +4,12 @@
 //! Spawned by `host`; ends when nothing of the sandbox is left. Dropping it (the
 //! agent's end) leaves containers, network and mesh as they are.
 
-use std::{collections::HashMap, future::Future, net::Ipv4Addr, sync::Arc};
+use std::{
+    collections::{HashMap, VecDeque},
+    future::Future,
+    net::Ipv4Addr,
+    sync::Arc,
+};
 
 use pool_agent_api::{
     Invalid, SandboxSpec, TenantId,
@@ -12,7 +17,7 @@ use pool_agent_api::{
     status::{EventContainer, MeshState, PodEvent, SandboxState},
 };
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{OwnedSemaphorePermit, mpsc, oneshot, watch},
     task::JoinSet,
 };
 use tokio_util::task::AbortOnDropHandle;
@@ -20,27 +25,38 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{
     Lifecycle,
     clock::Clock,
-    event::{Announcement, ContainerId, Effect, Event, ProbeKind, SandboxId, Slot, StartFailure, Trouble},
+    event::{
+        Announcement, ContainerId, Effect, Event, ProbeKind, SandboxId, Slot, StartFailure, Teardown, Trouble,
+    },
     status::Addressing,
 };
 use crate::{board::Board, cri::events::Sign};
 
 /// Orders that wait for a busy driver: a stop, a hastened stop, a forget, a few
-/// updates, and what the runtime's events say. Whoever sends more waits.
+/// updates, and what the runtime's events say. Whoever sends more waits. Not for long:
+/// a driver awaits nothing that a pod or a tenant can draw out.
 pub const INBOX: usize = 32;
+/// Updates of one sandbox that its driver has, one of them under way. Whoever asks for
+/// more waits outside, where no stop stands behind.
+pub const UPDATES: usize = 2;
 /// Verdicts and failures of a sandbox's probes that wait for its driver.
 const PROBE_EVENTS: usize = 64;
 
 #[derive(Debug)]
 pub enum Command {
     Event(Event),
-    /// Replaces contents of file volumes.
-    Update {
-        volumes: Vec<Volume>,
-        done: oneshot::Sender<Result<(), UpdateError>>,
-    },
+    Update(Update),
     /// Something to look into.
     Sign(Sign),
+}
+
+/// Replaces contents of file volumes.
+#[derive(Debug)]
+pub struct Update {
+    pub volumes: Vec<Volume>,
+    pub done: oneshot::Sender<Result<(), UpdateError>>,
+    /// One of [`UPDATES`].
+    pub place: OwnedSemaphorePermit,
 }
 
 /// Why contents were not replaced.
@@ -108,6 +124,10 @@ pub async fn run<P: Perform>(
     let (probe_events, mut probed) = mpsc::channel(PROBE_EVENTS);
     let mut probes: HashMap<(Slot, ContainerId, ProbeKind), AbortOnDropHandle<()>> = HashMap::new();
     let mut work: JoinSet<Vec<Event>> = JoinSet::new();
+    // One update is done at a time, and the volumes are not taken away meanwhile.
+    let mut updating: JoinSet<()> = JoinSet::new();
+    let mut updates: VecDeque<Update> = VecDeque::new();
+    let mut held_back: Vec<Effect> = vec![];
     let mut events = vec![Event::Attachment(*mesh.borrow_and_update()), Event::Tick];
     loop {
         for event in events.drain(..) {
@@ -116,12 +136,21 @@ pub async fn run<P: Perform>(
             for effect in effects {
                 match effect {
                     Effect::Announce(announcement) => outlet.announce(&lifecycle.spec, announcement),
+                    Effect::TearDown(Teardown::Volumes) | Effect::Remove if !updating.is_empty() => {
+                        held_back.push(effect);
+                    }
                     effect => {
                         let hands = hands.clone();
                         work.spawn(performed(hands, effect));
                     }
                 }
             }
+        }
+        if updating.is_empty() {
+            for effect in held_back.drain(..) {
+                work.spawn(performed(hands.clone(), effect));
+            }
+            begin_update(&lifecycle, &hands, &mut updates, &mut updating);
         }
         outlet.publish(&lifecycle);
         if lifecycle.gone() {
@@ -144,25 +173,45 @@ pub async fn run<P: Perform>(
                 Ok(done) => events.extend(done),
                 Err(error) => tracing::error!(error = %error, "a sandbox's work broke off"),
             },
+            Some(ended) = updating.join_next() => if let Err(error) = ended {
+                tracing::error!(error = %error, "an update broke off");
+            },
             Some(command) = inbox.recv() => match command {
                 Command::Event(event) => events.push(event),
                 Command::Sign(sign) => look_into(&lifecycle, sign, &hands, &mut work, &mut events),
-                Command::Update { volumes, done } => {
-                    // Done here and now, so that the volumes cannot be taken away meanwhile.
-                    let result = if lifecycle.volumes_stand() {
-                        hands.update(volumes).await
-                    } else {
-                        Err(Trouble::new("NotRunning", "the sandbox has no volumes to update at this time").into())
-                    };
-                    if done.send(result).is_err() {
-                        tracing::debug!("whoever asked for an update has gone");
-                    }
-                }
+                Command::Update(update) => updates.push_back(update),
             },
             Ok(()) = mesh.changed() => events.push(Event::Attachment(*mesh.borrow_and_update())),
             Some(event) = probed.recv() => events.push(event),
             () = sleep_until(due.map(|at| outlet.clock.instant(at))) => events.push(Event::Tick),
         }
+    }
+}
+
+/// The next that can be done; those that cannot any more are told so.
+fn begin_update<P: Perform>(
+    lifecycle: &Lifecycle,
+    hands: &Arc<P>,
+    updates: &mut VecDeque<Update>,
+    updating: &mut JoinSet<()>,
+) {
+    while let Some(Update { volumes, done, place }) = updates.pop_front() {
+        if lifecycle.volumes_stand() {
+            let hands = hands.clone();
+            updating.spawn(async move {
+                answer(done, hands.update(volumes).await);
+                drop(place);
+            });
+            return;
+        }
+        let trouble = Trouble::new("NotRunning", "the sandbox has no volumes to update at this time");
+        answer(done, Err(trouble.into()));
+    }
+}
+
+fn answer(done: oneshot::Sender<Result<(), UpdateError>>, result: Result<(), UpdateError>) {
+    if done.send(result).is_err() {
+        tracing::debug!("whoever asked for an update has gone");
     }
 }
 

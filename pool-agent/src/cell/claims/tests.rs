@@ -195,3 +195,16 @@ async fn a_pod_of_another_shape_under_a_claims_name_starts_nothing() {
     let refused = Claims::Needed(index).check(&wanted()).await.unwrap_err();
     assert!(refused.to_string().contains("spec.hostNetwork"), "{refused}");
 }
+
+#[test]
+fn a_tenant_is_here_while_one_of_its_claims_is() {
+    let index = Index::new(host());
+    let claims = Claims::Needed(index.clone());
+    let (tenant, other) = (wanted().tenant.clone(), "another".parse().unwrap());
+    assert!(!claims.are_here(&tenant));
+    index.take(Event::Apply(pod("c-1")));
+    assert!(claims.are_here(&tenant) && !claims.are_here(&other));
+    index.take(Event::Delete(pod("c-1")));
+    assert!(!claims.are_here(&tenant));
+    assert!(Claims::Unneeded.are_here(&other), "there is no cell");
+}

@@ -8,6 +8,7 @@ use pool_agent_api::{
     SandboxStatus,
     status::{ContainerState, Terminated},
 };
+use tokio::sync::Semaphore;
 
 use super::*;
 use crate::{
@@ -19,9 +20,10 @@ use crate::{
 };
 
 /// A host where everything works, and that writes down what was asked of it.
-#[derive(Default)]
 struct Fake {
     asked: Mutex<Vec<String>>,
+    /// An update waits for it.
+    disk: Semaphore,
 }
 
 impl Fake {
@@ -108,6 +110,8 @@ impl Perform for Fake {
 
     async fn update(&self, _: Vec<Volume>) -> Result<(), UpdateError> {
         self.note("update");
+        let _free = self.disk.acquire().await.unwrap();
+        self.note("updated");
         Ok(())
     }
 }
@@ -130,7 +134,10 @@ impl Rig {
         let progress = watch::Sender::new(Progress::default());
         let clock = Clock::start();
         let lifecycle = Lifecycle::new(Arc::new(spec("u-1", change)), clock.now());
-        let fake = Arc::new(Fake::default());
+        let fake = Arc::new(Fake {
+            asked: Mutex::default(),
+            disk: Semaphore::new(1),
+        });
         let reader = board.reader(Some(tenant.clone()));
         let seen = progress.subscribe();
         let outlet = Outlet {
@@ -152,6 +159,19 @@ impl Rig {
 
     async fn tell(&self, event: Event) {
         self.commands.send(Command::Event(event)).await.unwrap();
+    }
+
+    /// The place for it has to be had before.
+    async fn update(&self, places: &Arc<Semaphore>) -> oneshot::Receiver<Result<(), UpdateError>> {
+        let place = places.clone().acquire_owned().await.unwrap();
+        let (done, answer) = oneshot::channel();
+        let update = Update {
+            volumes: vec![],
+            done,
+            place,
+        };
+        self.commands.send(Command::Update(update)).await.unwrap();
+        answer
     }
 
     async fn sign(&self, restart: u32) {
@@ -267,17 +287,47 @@ async fn volumes_are_updated_while_they_stand_and_refused_after() {
     rig.mesh.send_replace(MeshState::Serving);
     rig.tell(Event::Begin).await;
     rig.until(running).await;
-    let update = async |commands: &mpsc::Sender<Command>| {
-        let (done, answer) = oneshot::channel();
-        let volumes = vec![];
-        commands.send(Command::Update { volumes, done }).await.unwrap();
-        answer.await.unwrap()
-    };
-    assert_eq!(update(&rig.commands).await, Ok(()));
+    let places = Arc::new(Semaphore::new(UPDATES));
+    assert_eq!(rig.update(&places).await.await.unwrap(), Ok(()));
     rig.tell(Event::Stop {
         grace: Duration::ZERO,
     })
     .await;
     rig.until(|s| s.state == SandboxState::Stopped).await;
-    assert!(update(&rig.commands).await.is_err());
+    assert!(rig.update(&places).await.await.unwrap().is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stop_does_not_wait_behind_updates_and_volumes_are_not_taken_away_under_one() {
+    let mut rig = Rig::new(|_| {});
+    rig.mesh.send_replace(MeshState::Serving);
+    rig.tell(Event::Begin).await;
+    rig.until(running).await;
+    let stuck = rig.fake.disk.acquire().await.unwrap();
+    let places = Arc::new(Semaphore::new(UPDATES));
+    let (first, second) = (rig.update(&places).await, rig.update(&places).await);
+    assert!(places.clone().try_acquire_owned().is_err(), "more wait outside");
+    // Every command that comes is taken up, however long an update takes.
+    let soon = Duration::from_secs(60);
+    for _ in 0..INBOX * 2 {
+        let told = rig.tell(Event::Evict("Evicted", "the host is short".into()));
+        tokio::time::timeout(soon, told)
+            .await
+            .expect("it stands behind updates");
+    }
+    let until = tokio::time::timeout(soon, async {
+        while !rig.fake.asked().iter().any(|asked| asked == "Network") {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    });
+    until.await.expect("the pod goes");
+    assert!(!rig.fake.asked().iter().any(|asked| asked == "Volumes"));
+    drop(stuck);
+    assert_eq!(first.await.unwrap(), Ok(()));
+    assert!(second.await.unwrap().is_err(), "the sandbox is going");
+    rig.tell(Event::Forget).await;
+    rig.driver.await.unwrap();
+    let asked = rig.fake.asked();
+    let at = |what: &str| asked.iter().position(|asked| asked == what).unwrap();
+    assert!(at("updated") < at("Volumes"));
 }
