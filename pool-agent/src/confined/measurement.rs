@@ -34,8 +34,8 @@ pub struct Measurement {
     levels: Vec<Level>,
     shared: HashSet<u64>,
     usage: Usage,
-    /// It need not be known by how much more than this it takes.
-    enough: u64,
+    /// It need not be known by how much more than this it takes, of either.
+    enough: Usage,
 }
 
 #[derive(Debug)]
@@ -63,8 +63,8 @@ impl Level {
 
 impl Measurement {
     /// Of a directory whose path only root can change. Looks no further once it has
-    /// found more than `enough` bytes.
-    pub fn of(path: &Path, enough: u64) -> io::Result<Self> {
+    /// found more than `enough` bytes or inodes.
+    pub fn of(path: &Path, enough: Usage) -> io::Result<Self> {
         let (root, stat) = Level::new(Directory::open(path)?.fd)?;
         let mut measurement = Self {
             levels: vec![root],
@@ -168,7 +168,8 @@ impl Work for Measurement {
 
     fn go_on(&mut self, entries: usize) -> ControlFlow<Usage> {
         for _ in 0..entries {
-            if self.usage.bytes > self.enough || !self.step() {
+            let enough = self.usage.bytes > self.enough.bytes || self.usage.inodes > self.enough.inodes;
+            if enough || !self.step() {
                 return ControlFlow::Break(self.usage);
             }
         }

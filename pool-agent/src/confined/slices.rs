@@ -2,7 +2,11 @@
 //! takes a thread for some of them, and whoever waits for a turn gets one before the
 //! same tree has its next.
 
-use std::{io, ops::ControlFlow};
+use std::{
+    io,
+    ops::ControlFlow,
+    time::{Duration, Instant},
+};
 
 use tokio::sync::Semaphore;
 
@@ -22,19 +26,27 @@ pub trait Work: Send + 'static {
 
 /// Works turn by turn until it is done. Dropped, it ends with the turn it is in; what
 /// was done stays.
-pub async fn in_slices<W: Work>(mut work: W) -> io::Result<W::Output> {
+pub async fn in_slices<W: Work>(work: W) -> io::Result<W::Output> {
+    in_slices_timed(work).await.map(|(output, _)| output)
+}
+
+/// The same, with the time that its own turns took.
+pub async fn in_slices_timed<W: Work>(mut work: W) -> io::Result<(W::Output, Duration)> {
+    let mut worked = Duration::ZERO;
     loop {
         let turn = TURNS.acquire().await.map_err(io::Error::other)?;
-        let (outcome, same) = tokio::task::spawn_blocking(move || {
+        let (outcome, same, took) = tokio::task::spawn_blocking(move || {
             // The turn ends with the work, not with whoever waits for it.
             let _turn = turn;
+            let begun = Instant::now();
             let outcome = work.go_on(ENTRIES);
-            (outcome, work)
+            (outcome, work, begun.elapsed())
         })
         .await
         .map_err(io::Error::other)?;
+        worked += took;
         match outcome {
-            ControlFlow::Break(output) => return Ok(output),
+            ControlFlow::Break(output) => return Ok((output, worked)),
             ControlFlow::Continue(()) => work = same,
         }
     }

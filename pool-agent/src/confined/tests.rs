@@ -27,6 +27,15 @@ struct Place {
 
 const SECRET: &str = "the host's own";
 
+const EVERYTHING: Usage = Usage {
+    bytes: u64::MAX,
+    inodes: u64::MAX,
+};
+const NOTHING: Usage = Usage {
+    bytes: 0,
+    inodes: u64::MAX,
+};
+
 fn place() -> Place {
     let beside = tempfile::tempdir().unwrap();
     let volume = beside.path().join("volume");
@@ -76,7 +85,7 @@ fn deep(root: &Path, levels: usize) {
 }
 
 fn measured(root: &Path) -> Usage {
-    at_once(Measurement::of(root, u64::MAX).unwrap())
+    at_once(Measurement::of(root, EVERYTHING).unwrap())
 }
 
 #[test]
@@ -192,7 +201,7 @@ fn a_deep_tree_is_measured_and_removed_without_a_frame_or_a_descriptor_for_each_
     // Frames for its levels would not fit. What is asserted is asserted outside: nor
     // would a panic's.
     let work = move || -> io::Result<(Usage, usize)> {
-        let mut measurement = Measurement::of(&tree, u64::MAX)?;
+        let mut measurement = Measurement::of(&tree, EVERYTHING)?;
         let mut open = 0;
         let usage = loop {
             open = open.max(measurement.open());
@@ -283,9 +292,9 @@ fn blocks_are_counted_once_and_nothing_outside_is() {
         (100 << 10..190 << 10).contains(&used),
         "two names of one file count once: {used}"
     );
-    let mut looked = Measurement::of(root, 0).unwrap();
+    let mut looked = Measurement::of(root, NOTHING).unwrap();
     assert!(looked.go_on(1).is_break(), "it has found enough");
-    assert!(Measurement::of(&root.join("none"), 1).is_err());
+    assert!(Measurement::of(&root.join("none"), EVERYTHING).is_err());
 }
 
 /// Runs `work` again and again while somebody swaps a directory of the volume, with
@@ -371,7 +380,7 @@ async fn work_in_slices_ends_as_if_it_were_done_at_once() {
     let place = place();
     fs::create_dir(place.volume.join("tree")).unwrap();
     deep(&place.volume.join("tree"), 3_000);
-    let usage = in_slices(Measurement::of(&place.volume, u64::MAX).unwrap())
+    let usage = in_slices(Measurement::of(&place.volume, EVERYTHING).unwrap())
         .await
         .unwrap();
     assert_eq!(usage.inodes, 2 * 3_000 + 2);

@@ -5,18 +5,19 @@
 //! containers' writable layers, which the runtime counts ([`super::super::housekeeping`]
 //! asks it).
 //!
-//! What always holds: one tree is walked at a time on this host, and a tree that
-//! takes long to walk is walked less often.
+//! What always holds: trees are walked in turns, so that a large one keeps no other
+//! from being measured; one that takes long to walk is walked less often; none is
+//! walked further than its pod may have files.
 
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use pool_agent_api::{ContainerName, SandboxKey, SandboxSpec, VolumeName};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 
 use super::{
     driver::{Command, Progress},
@@ -35,8 +36,12 @@ use crate::{
 pub const PERIOD: Duration = Duration::from_secs(10);
 /// A walk takes at most this part of the time.
 const SHARE: u32 = 10;
-/// The disk is the pods'.
-static WALKS: Semaphore = Semaphore::const_new(1);
+/// Bytes that a pod may have on the disk for each file that it may have there: whatever
+/// a file holds, looking at it takes time, and its inode is one of few. Most file systems
+/// are made with one for each 16 KiB.
+const BYTES_FOR_A_FILE: u64 = 4096;
+/// Files that any pod may have.
+const LEAST_FILES: u64 = 65_536;
 /// What a kubelet gives as the reason.
 pub const EVICTED: &str = "Evicted";
 
@@ -83,7 +88,7 @@ pub struct Bounds {
     /// The sum of the containers' own limits.
     limit: Option<u64>,
     /// What the host allows in any case, and what was claimed.
-    allowed: u64,
+    allowed: Usage,
     claimed: u64,
 }
 
@@ -105,21 +110,30 @@ impl Bounds {
                 })
                 .collect(),
             limit: allowance.ephemeral_storage_limit_bytes,
-            allowed: allowance.ephemeral_storage_bytes,
+            allowed: Usage {
+                bytes: allowance.ephemeral_storage_bytes,
+                inodes: (allowance.ephemeral_storage_bytes / BYTES_FOR_A_FILE).max(LEAST_FILES),
+            },
             claimed: allowance.claim.ephemeral_storage_bytes,
         }
     }
 
-    /// Walks what is to be walked, each until it alone is more than is allowed.
-    async fn measure(&self) -> Disk {
+    /// Walks what is to be walked, each until it alone is more than is allowed. With the
+    /// time that it took, other pods' turns left out.
+    async fn measure(&self) -> (Disk, Duration) {
         let mut disk = Disk::default();
+        let mut all = Duration::ZERO;
         for (name, path, _) in &self.volumes {
-            disk.volumes.insert(name.clone(), taken(path, self.allowed).await);
+            let (usage, took) = taken(path, self.allowed).await;
+            disk.volumes.insert(name.clone(), usage);
+            all += took;
         }
         for (name, path) in &self.logs {
-            disk.logs.insert(name.clone(), taken(path, self.allowed).await);
+            let (usage, took) = taken(path, self.allowed).await;
+            disk.logs.insert(name.clone(), usage);
+            all += took;
         }
-        disk
+        (disk, all)
     }
 
     /// What is told of the first bound that is exceeded: a kubelet's order, and its words
@@ -135,7 +149,7 @@ impl Bounds {
                 ));
             }
         }
-        let total = disk.total().bytes;
+        let Usage { bytes: total, inodes } = disk.total();
         if let Some(limit) = self.limit
             && total > limit
         {
@@ -152,21 +166,25 @@ impl Bounds {
                 ));
             }
         }
-        (total > self.allowed).then(|| {
-            format!(
-                "Pod ephemeral local storage usage exceeds {}, what its host allows a request of {}. ",
-                quantity(self.allowed),
-                quantity(self.claimed)
-            )
-        })
+        let over = if total > self.allowed.bytes {
+            quantity(self.allowed.bytes)
+        } else if inodes > self.allowed.inodes {
+            format!("{} files", self.allowed.inodes)
+        } else {
+            return None;
+        };
+        Some(format!(
+            "Pod ephemeral local storage usage exceeds {over}, what its host allows a request of {}. ",
+            quantity(self.claimed)
+        ))
     }
 }
 
-async fn taken(path: &Path, enough: u64) -> Usage {
+async fn taken(path: &Path, enough: Usage) -> (Usage, Duration) {
     usage::measure(path, enough).await.unwrap_or_else(|error| {
         // Not made yet, or gone already.
         tracing::debug!(path = %path.display(), error = %error, "a directory was not measured");
-        Usage::default()
+        Default::default()
     })
 }
 
@@ -193,13 +211,7 @@ pub async fn watch(
             _ended = progress.wait_for(|p| p.stopped || p.gone) => return,
             () = tokio::time::sleep(pause) => {}
         }
-        let Ok(permit) = WALKS.acquire().await else {
-            return;
-        };
-        let begun = Instant::now();
-        let mut measured = bounds.measure().await;
-        let took = begun.elapsed();
-        drop(permit);
+        let (mut measured, took) = bounds.measure().await;
         measured.layers = match counts.borrow().get(&bounds.key) {
             Some(containers) => containers
                 .iter()

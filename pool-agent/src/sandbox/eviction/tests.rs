@@ -164,3 +164,58 @@ async fn nothing_is_measured_once_the_sandbox_has_stopped() {
     driver.send_modify(|p| p.stopped = true);
     assert!(inbox.recv().await.is_none());
 }
+
+#[tokio::test(start_paused = true)]
+async fn files_without_a_byte_are_bounded_and_looked_at_no_further() {
+    let directory = tempfile::tempdir().unwrap();
+    let (dirs, mut bounds) = bounds(directory.path(), None);
+    bounds.allowed.inodes = 1000;
+    let log = dirs.logs().join("app");
+    std::fs::create_dir_all(&log).unwrap();
+    for n in 0..2000 {
+        std::fs::write(log.join(n.to_string()), []).unwrap();
+    }
+    let (disk, _) = bounds.measure().await;
+    assert_eq!(disk.total().inodes, 1001);
+    assert_eq!(
+        bounds.exceeded(&disk).as_deref(),
+        Some("Pod ephemeral local storage usage exceeds 1000 files, what its host allows a request of 0. ")
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn large_trees_keep_no_other_pod_from_being_measured() {
+    let large = tempfile::tempdir().unwrap();
+    let (dirs, mut hostile) = bounds(large.path(), None);
+    (hostile.allowed.bytes, hostile.allowed.inodes) = (u64::MAX, u64::MAX);
+    let log = dirs.logs().join("app");
+    std::fs::create_dir_all(&log).unwrap();
+    for n in 0..60_000 {
+        std::fs::File::create(log.join(n.to_string())).unwrap();
+    }
+    let small = tempfile::tempdir().unwrap();
+    let (dirs, fast) = bounds(small.path(), None);
+    std::fs::create_dir_all(dirs.logs().join("app")).unwrap();
+    std::fs::write(dirs.logs().join("app/0.log"), vec![1; 9 << 20]).unwrap();
+
+    let (_driver, progress) = watch::channel(Progress::default());
+    let (_counts, counted) = watch::channel(Arc::default());
+    let mut figures = vec![];
+    for _ in 0..4 {
+        let (commands, _unread) = mpsc::channel(1);
+        let (told, seen) = watch::channel(Disk::default());
+        figures.push(seen);
+        let (counted, progress) = (counted.clone(), progress.clone());
+        tokio::spawn(watch(hostile.clone(), counted, told, progress, commands));
+    }
+    let (commands, mut inbox) = mpsc::channel(1);
+    let (told, _seen) = watch::channel(Disk::default());
+    tokio::spawn(watch(fast, counted, told, progress, commands));
+    assert!(matches!(
+        inbox.recv().await,
+        Some(Command::Event(Event::Evict(..)))
+    ));
+    for figure in figures {
+        assert!(!figure.has_changed().unwrap(), "it waited for a large tree");
+    }
+}
