@@ -6,31 +6,42 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bounds::Seldom;
+use bounds::{
+    Gate, Seldom,
+    door::{Places, Queue},
+};
 use bytes::Bytes;
 use http::{Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::{encoding::text::encode, registry::Registry};
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::net::TcpListener;
 
 use crate::host::Host;
 
-/// Scrapers are few; whoever comes beyond waits.
-const CONNECTIONS: usize = 16;
+/// Scrapers are few. Beyond, the oldest connection of the address with the most is cut.
+const CONNECTIONS: Places = Places { all: 64, of_one: 8 };
 const PATIENCE: Duration = Duration::from_secs(10);
+/// A connection's whole life: whoever looks again connects again.
+const LIFE: Duration = Duration::from_secs(120);
 
 pub async fn serve(listener: TcpListener, registry: Registry, host: Host) {
-    let registry = Arc::new(registry);
-    let room = Arc::new(Semaphore::new(CONNECTIONS));
+    answer(listener, move |path| respond(path, &registry, &host)).await;
+}
+
+type Respond = dyn Fn(&str) -> Response<Full<Bytes>> + Send + Sync;
+
+async fn answer(
+    listener: TcpListener,
+    respond: impl Fn(&str) -> Response<Full<Bytes>> + Send + Sync + 'static,
+) {
+    let respond: Arc<Respond> = Arc::new(respond);
+    let gate = Gate::new(CONNECTIONS, CONNECTIONS);
     let told = Seldom::default();
     loop {
-        let Ok(permit) = room.clone().acquire_owned().await else {
-            return;
-        };
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
+        let (stream, from) = match listener.accept().await {
+            Ok(accepted) => accepted,
             Err(error) => {
                 if let Some(left_out) = told.due(Instant::now()) {
                     tracing::warn!(error = %error, left_out, "a scrape was not accepted");
@@ -39,21 +50,24 @@ pub async fn serve(listener: TcpListener, registry: Registry, host: Host) {
                 continue;
             }
         };
-        let (registry, host) = (registry.clone(), host.clone());
+        let respond = respond.clone();
+        let guest = gate.come(Queue::Stranger, from.ip().to_canonical());
         tokio::spawn(async move {
             let answer = service_fn(move |request: Request<Incoming>| {
-                let response = respond(request.uri().path(), &registry, &host);
+                let response = respond(request.uri().path());
                 async move { Ok::<_, std::convert::Infallible>(response) }
             });
             let served = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(PATIENCE)
-                .serve_connection(TokioIo::new(stream), answer)
-                .await;
-            if let Err(error) = served {
-                tracing::debug!(error = %error, "a scrape broke off");
+                .serve_connection(TokioIo::new(stream), answer);
+            tokio::select! {
+                served = served => if let Err(error) = served {
+                    tracing::debug!(error = %error, "a scrape broke off");
+                },
+                () = guest.displaced() => tracing::debug!("others came, and a scrape was cut"),
+                () = tokio::time::sleep(LIFE) => {}
             }
-            drop(permit);
         });
     }
 }
@@ -148,4 +162,56 @@ fn own(host: &Host) -> String {
         );
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::{TcpSocket, TcpStream},
+    };
+
+    use super::*;
+
+    /// From one of the loopback's many addresses.
+    async fn come_from(last: u8, to: std::net::SocketAddr) -> TcpStream {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket
+            .bind(std::net::SocketAddr::from(([127, 0, 2, last], 0)))
+            .unwrap();
+        socket.connect(to).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn whoever_connects_and_says_nothing_keeps_no_scraper_out() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let served = tokio::spawn(answer(listener, |path| {
+            Response::new(Full::new(Bytes::from(path.to_owned())))
+        }));
+        let mut silent = vec![];
+        for n in 0..400_u16 {
+            let mut stream = come_from(1 + (n % 40) as u8, address).await;
+            if n % 2 == 0 {
+                // Or asks, and does not read.
+                let _cut = stream
+                    .write_all(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+                    .await;
+            }
+            silent.push(stream);
+        }
+        let ask = async {
+            let mut stream = come_from(250, address).await;
+            let request = b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+            stream.write_all(request).await.unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.unwrap();
+            answer
+        };
+        let answer = tokio::time::timeout(PATIENCE / 2, ask)
+            .await
+            .expect("it was kept out");
+        assert!(answer.ends_with("/healthz"), "{answer}");
+        served.abort();
+    }
 }

@@ -13,7 +13,10 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use ipnet::Ipv4Net;
 use mesh_runtime::{netns::Netns, off_limits::OffLimits};
-use pool_agent_api::spec::{Action, HttpAction, Probe};
+use pool_agent_api::{
+    SandboxKey, TenantId,
+    spec::{Action, HttpAction, Probe},
+};
 use tokio::{
     sync::mpsc,
     time::{Instant, MissedTickBehavior},
@@ -37,6 +40,15 @@ pub struct Vantage {
     pub pod: IpAddr,
     pub local_pods: Ipv4Net,
     pub off_limits: Arc<OffLimits>,
+    /// Whose the pod is: names are looked up at their expense.
+    pub of: Dialler,
+}
+
+/// For whom something is dialled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dialler {
+    pub tenant: TenantId,
+    pub key: SandboxKey,
 }
 
 /// What a probe needs to reach its container.

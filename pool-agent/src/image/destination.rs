@@ -64,21 +64,27 @@ pub enum Forbidden {
     Private,
 }
 
-/// Why a registry is not asked.
+/// Why a registry is not asked. Shown to users, so it says no more than they said: what
+/// the host's resolver made of a name is in the log.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "registry {registry} {} {forbidden}, where no image is pulled from on this host unless its operator \
+    "registry {registry} {}, where no image is pulled from on this host unless its operator \
      allows it (policy.images)",
-    leads(.address)
+    leads(.address, .forbidden)
 )]
 pub struct LeadsAstray {
     pub registry: String,
+    /// Of several that the resolver gave, the one that is forbidden; None where the
+    /// name alone says it.
     pub address: Option<IpAddr>,
     pub forbidden: Forbidden,
 }
 
-fn leads(address: &Option<IpAddr>) -> String {
-    address.map_or_else(|| "is".to_owned(), |address| format!("leads to {address},"))
+fn leads(resolved: &Option<IpAddr>, forbidden: &Forbidden) -> String {
+    match resolved {
+        None => format!("is {forbidden}"),
+        Some(_) => "leads to an address".to_owned(),
+    }
 }
 
 /// Why nothing may be dialled.
@@ -144,23 +150,23 @@ impl Destinations {
         {
             return Ok(Named::Allowed);
         }
-        let astray = |address, forbidden| LeadsAstray {
+        let astray = |forbidden| LeadsAstray {
             registry: registry.to_owned(),
-            address,
+            address: None,
             forbidden,
         };
         let (host, port) = split(registry);
         let bare = host.trim_start_matches('[').trim_end_matches(']');
         if let Ok(ip) = bare.parse::<IpAddr>() {
             return match self.refuse(ip) {
-                Some(forbidden) => Err(astray(Some(ip), forbidden)),
+                Some(forbidden) => Err(astray(forbidden)),
                 None => Ok(Named::Address(SocketAddr::new(ip, port))),
             };
         }
         let name = host.trim_end_matches('.').to_ascii_lowercase();
         let last = name.rsplit('.').next().unwrap_or_default();
         if last == "localhost" {
-            return Err(astray(None, Forbidden::LocalName));
+            return Err(astray(Forbidden::LocalName));
         }
         // 127.1, 0x7f.0.0.1 and the like are addresses to some resolvers and to no
         // others; no top-level domain is a number.
@@ -168,7 +174,7 @@ impl Destinations {
         if last.bytes().all(|c| c.is_ascii_digit())
             || (last.len() != number.len() && number.bytes().all(|c| c.is_ascii_hexdigit()))
         {
-            return Err(astray(None, Forbidden::Number));
+            return Err(astray(Forbidden::Number));
         }
         Ok(Named::Name(name, port))
     }
@@ -210,9 +216,11 @@ impl Destinations {
         };
         for address in &found {
             if let (false, Some(forbidden)) = (trusted, self.refuse(address.ip())) {
+                let ip = address.ip();
+                tracing::info!(registry, address = %ip, reason = %forbidden, "a registry leads astray");
                 return Err(NoWay::Astray(LeadsAstray {
                     registry: registry.to_owned(),
-                    address: Some(address.ip()),
+                    address: Some(ip),
                     forbidden,
                 }));
             }
@@ -382,7 +390,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_name_that_leads_inside_is_refused_with_the_address() {
+    async fn a_name_that_leads_inside_is_refused_and_the_address_is_not_told() {
         // Known to every host by its files, and not by its spelling.
         let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
         let name = name.trim();
@@ -400,5 +408,11 @@ mod tests {
         let own = Destinations::of_host(&images::Images::default()).unwrap();
         let refused = own.check(&reference).await.unwrap_err();
         assert!(refused.address.is_some_and(|a| found.contains(&a)), "{refused:?}");
+        let told = refused.to_string();
+        let tells = found.iter().find(|a| told.contains(&a.to_string()));
+        assert!(
+            tells.is_none() && !told.contains(&refused.forbidden.to_string()),
+            "{told}"
+        );
     }
 }

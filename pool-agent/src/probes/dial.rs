@@ -35,10 +35,15 @@ mod health {
 pub(super) async fn tcp(from: &Vantage, host: Option<&str>, port: u16) -> Result<TcpStream, String> {
     let ip = match host {
         None => from.pod,
-        Some(host) => resolve::address(host).await?,
+        Some(host) => resolve::address(host, &from.of).await?,
     };
     let address = SocketAddr::new(ip, port);
-    from.allow(address)?;
+    // What a name led to is the host's resolver's to know, not the tenant's.
+    let told = host.map_or_else(|| ip.to_string(), str::to_owned);
+    if let Some(refused) = from.refuses(address)? {
+        tracing::debug!(host = told, %address, %refused, "a probe is not dialled");
+        return Err(format!("dial tcp {told}: {refused}"));
+    }
     let socket = from
         .netns
         .enter(|| match address {
@@ -49,29 +54,32 @@ pub(super) async fn tcp(from: &Vantage, host: Option<&str>, port: u16) -> Result
     socket
         .connect(address)
         .await
-        .map_err(|e| format!("dial tcp {address}: {e}"))
+        .map_err(|e| format!("dial tcp {}: {e}", authority(&told, port)))
+}
+
+fn authority(host: &str, port: u16) -> String {
+    match host.parse::<IpAddr>() {
+        Ok(ip) => SocketAddr::new(ip, port).to_string(),
+        Err(_) => format!("{host}:{port}"),
+    }
 }
 
 impl Vantage {
     /// A tenant names the hosts of its probes, and the host they are dialled from is
     /// not the tenant's: the same addresses are off limits as for its pods. Of those of
     /// this host's range the router leads to the tenant's own alone.
-    fn allow(&self, to: SocketAddr) -> Result<(), String> {
+    fn refuses(&self, to: SocketAddr) -> Result<Option<off_limits::Refused>, String> {
         let ip = to.ip();
         if ip == self.pod {
-            return Ok(());
+            return Ok(None);
         }
         let own = off_limits::host_addresses(&self.netns)
             .map_err(|e| format!("looking at the host's addresses: {e}"))?;
         let here = matches!(ip, IpAddr::V4(v4) if self.local_pods.contains(&v4));
         let elsewhere = self.off_limits.is_pods(ip) && !here;
-        let refused = off_limits::refuse(&own, ip)
+        Ok(off_limits::refuse(&own, ip)
             .or_else(|| self.off_limits.refuse(to))
-            .or(elsewhere.then_some(off_limits::Refused::OffLimits));
-        match refused {
-            None => Ok(()),
-            Some(refused) => Err(format!("dial tcp {ip}: {refused}")),
-        }
+            .or(elsewhere.then_some(off_limits::Refused::OffLimits)))
     }
 }
 

@@ -49,7 +49,7 @@ use crate::{
     logs,
     network::{POD_GATEWAY, Router},
     policy::{self, room::HostRoom},
-    probes::{self, Prober, Vantage},
+    probes::{self, Dialler, Prober, Vantage},
     spec_file,
     user_ids::IdRange,
     volumes,
@@ -268,6 +268,10 @@ impl Hands {
             pod: self.address.into(),
             local_pods: self.shop.pod_range,
             off_limits: self.shop.off_limits.clone(),
+            of: Dialler {
+                tenant: self.spec.tenant.clone(),
+                key: self.spec.key.clone(),
+            },
         }
     }
 

@@ -146,7 +146,7 @@ async fn a_probe_may_name_its_host_but_none_that_is_local_to_the_pools(host: &Ho
     })
     .await?;
     for words in [
-        "dial tcp 127.0.0.1: no pod may reach what is local to the host",
+        "dial tcp localhost: no pod may reach what is local to the host",
         "dial tcp 169.254.169.254: no pod may reach what is local to the host",
         &format!("lookup {nobody}: "),
     ] {
