@@ -110,6 +110,10 @@ pub(crate) enum Query {
 /// Questions waiting; each is answered at once.
 const QUERIES: usize = 64;
 
+/// Drivers of pods that are not here, beside those that are: each sees to the end of a
+/// sandbox that a host tells of.
+const STRANGERS: usize = 4096;
+
 /// Asks the supervisor. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Directory {
@@ -309,6 +313,12 @@ impl Supervisor {
         match event.news {
             News::Sandbox(status) => {
                 let uid = status.key.pod.clone();
+                // Each gets a driver that sees to its removal. Hosts tell of few such.
+                let known = self.drivers.contains_key(&uid) || self.objects.contains_key(&uid);
+                if !known && self.drivers.len() >= self.objects.len() + STRANGERS {
+                    warn!(%host, key = %status.key, "too many sandboxes of pods that are not here: left out");
+                    return;
+                }
                 let place = Place {
                     host,
                     attempt: status.key.attempt,

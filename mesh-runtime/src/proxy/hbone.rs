@@ -11,10 +11,15 @@ mod read_ahead;
 pub(crate) mod request;
 pub(crate) mod server;
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use h2::{Ping, PingPong};
 use mesh_api::Identity;
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 pub(crate) use pool::Pool;
 
@@ -121,6 +126,18 @@ fn peer_identity(session: &rustls::CommonState) -> Result<Identity, TunnelError>
         Some(leaf) => crate::identity::verify::peer_identity(leaf).map_err(TunnelError::Certificate),
         None => Err(TunnelError::Certificate(rustls::Error::NoCertificatesPresented)),
     }
+}
+
+/// How long the certificate at the far end is good for yet; no time if that does not
+/// read.
+fn time_left(session: &rustls::CommonState) -> Duration {
+    let leaf = session.peer_certificates().and_then(<[_]>::first);
+    let ends = leaf.and_then(|leaf| {
+        let (_, parsed) = X509Certificate::from_der(leaf).ok()?;
+        u64::try_from(parsed.validity().not_after.timestamp()).ok()
+    });
+    let ends = SystemTime::UNIX_EPOCH + Duration::from_secs(ends.unwrap_or(0));
+    ends.duration_since(SystemTime::now()).unwrap_or_default()
 }
 
 /// Shared by those who wait for one tunnel.

@@ -65,10 +65,12 @@ impl Authority {
 
     /// Certificate and key, PEM.
     pub(crate) fn issue(&self, uris: &[&str]) -> (String, String) {
+        self.issue_for(uris, Duration::from_secs(3600))
+    }
+
+    pub(crate) fn issue_for(&self, uris: &[&str], life: Duration) -> (String, String) {
         let key = KeyPair::generate().unwrap();
-        let certificate = params(uris, Duration::from_secs(3600))
-            .signed_by(&key, &self.issuer)
-            .unwrap();
+        let certificate = params(uris, life).signed_by(&key, &self.issuer).unwrap();
         (certificate.pem(), key.serialize_pem())
     }
 }

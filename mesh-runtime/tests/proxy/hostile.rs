@@ -176,6 +176,33 @@ async fn who_cannot_prove_an_identity_of_the_mesh_gets_no_tunnel() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_tunnel_takes_no_more_streams_once_its_peers_certificate_is_over() {
+    let lab = Lab::new().await;
+    let web = lab.pod(1, "web").await;
+    lab.control.settled().await;
+    let tls13 = [&rustls::version::TLS13];
+    let mut ended = vec![];
+    for life in [5, 3600] {
+        let own = lab
+            .control
+            .mesh()
+            .issue_for(&[&identity("client")], Duration::from_secs(life));
+        let stream = tls(&lab, &web, config(Some(own), &tls13)).await.unwrap();
+        let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+        // It keeps the tunnel, and never hangs up.
+        ended.push((tokio::spawn(connection), sender));
+    }
+    let (long, _long_sender) = ended.pop().unwrap();
+    let (short, _short_sender) = ended.pop().unwrap();
+    // However it ends.
+    let _how = within("the end of a tunnel whose certificate is over", short)
+        .await
+        .unwrap();
+    assert!(!long.is_finished(), "a tunnel with a good certificate goes on");
+    long.abort();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn garbage_and_silence_are_ended_and_disturb_nobody() {
     let lab = Lab::new().await;
     let client = lab.pod(0, "client").await;

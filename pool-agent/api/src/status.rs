@@ -151,6 +151,32 @@ pub fn wire_timestamp(at: Timestamp) -> prost_types::Timestamp {
     prost_types::Timestamp { seconds, nanos }
 }
 
+/// Bytes of what is told to users; a container's last words are 4096 at most.
+const MAX_MESSAGE: usize = 32 << 10;
+/// Bytes of a reason, an image's name and the like.
+const MAX_WORDS: usize = 4 << 10;
+/// Containers in a status. The API server takes a Pod of 1.5 MiB at most.
+const MAX_CONTAINERS: usize = 4096;
+
+/// As much as is kept of a text: it is a host's word, and a host may have been stolen.
+fn kept(mut text: String, most: usize) -> String {
+    if text.len() > most {
+        text.truncate(text.floor_char_boundary(most));
+        text.shrink_to_fit();
+    }
+    text
+}
+
+fn few<T>(field: &str, list: Vec<T>) -> Result<Vec<T>, Invalid> {
+    if list.len() > MAX_CONTAINERS {
+        return Err(Invalid::new(
+            field,
+            format_args!("are {}, more than {MAX_CONTAINERS}", list.len()),
+        ));
+    }
+    Ok(list)
+}
+
 impl TryFrom<wire::Terminated> for Terminated {
     type Error = Invalid;
 
@@ -158,11 +184,11 @@ impl TryFrom<wire::Terminated> for Terminated {
         Ok(Self {
             exit_code: t.exit_code,
             signal: t.signal,
-            reason: t.reason,
-            message: t.message,
+            reason: kept(t.reason, MAX_WORDS),
+            message: kept(t.message, MAX_MESSAGE),
             started_at: t.started_at.map(|at| timestamp("started_at", at)).transpose()?,
             finished_at: timestamp("finished_at", required("finished_at", t.finished_at)?)?,
-            container_id: t.container_id,
+            container_id: kept(t.container_id, MAX_WORDS),
         })
     }
 }
@@ -189,8 +215,8 @@ impl TryFrom<wire::ContainerStatus> for ContainerStatus {
         let state = match required("state", c.state)?.state {
             None => return Err(Invalid::missing("state")),
             Some(State::Waiting(w)) => ContainerState::Waiting {
-                reason: w.reason,
-                message: w.message,
+                reason: kept(w.reason, MAX_WORDS),
+                message: kept(w.message, MAX_MESSAGE),
             },
             Some(State::Running(r)) => ContainerState::Running {
                 started_at: timestamp(
@@ -212,9 +238,9 @@ impl TryFrom<wire::ContainerStatus> for ContainerStatus {
         };
         Ok(Self {
             name: ContainerName::parse("name", c.name)?,
-            image: c.image,
-            image_id: c.image_id,
-            container_id: c.container_id,
+            image: kept(c.image, MAX_WORDS),
+            image_id: kept(c.image_id, MAX_WORDS),
+            container_id: kept(c.container_id, MAX_WORDS),
             restart_count: c.restart_count,
             ready: c.ready,
             started: c.started,
@@ -277,11 +303,11 @@ impl TryFrom<wire::SandboxStatus> for SandboxStatus {
             key: SandboxKey::from_wire(s.key)?,
             namespace: Namespace::parse("namespace", s.namespace)?,
             name: PodName::parse("name", s.name)?,
-            node_name: s.node_name,
+            node_name: kept(s.node_name, MAX_WORDS),
             revision: s.revision,
             state,
-            reason: s.reason,
-            message: s.message,
+            reason: kept(s.reason, MAX_WORDS),
+            message: kept(s.message, MAX_MESSAGE),
             pod_ip: if s.pod_ip.is_empty() {
                 None
             } else {
@@ -290,13 +316,21 @@ impl TryFrom<wire::SandboxStatus> for SandboxStatus {
             host_ip: ip("host_ip", &s.host_ip)?,
             accepted_at: timestamp("accepted_at", required("accepted_at", s.accepted_at)?)?,
             mesh,
-            identity: Some(s.identity).filter(|i| !i.is_empty()),
-            init_containers: each("init_containers", s.init_containers, ContainerStatus::try_from)?,
-            containers: each("containers", s.containers, ContainerStatus::try_from)?,
+            identity: Some(kept(s.identity, MAX_WORDS)).filter(|i| !i.is_empty()),
+            init_containers: each(
+                "init_containers",
+                few("init_containers", s.init_containers)?,
+                ContainerStatus::try_from,
+            )?,
+            containers: each(
+                "containers",
+                few("containers", s.containers)?,
+                ContainerStatus::try_from,
+            )?,
             notice: match s.notice {
                 None => None,
                 Some(notice) => Some(Notice {
-                    reason: notice.reason,
+                    reason: kept(notice.reason, MAX_WORDS),
                     deadline: timestamp("notice.deadline", required("notice.deadline", notice.deadline)?)?,
                 }),
             },
@@ -354,8 +388,8 @@ impl TryFrom<wire::PodEvent> for PodEvent {
             } else {
                 Severity::Normal
             },
-            reason: e.reason,
-            message: e.message,
+            reason: kept(e.reason, MAX_WORDS),
+            message: kept(e.message, MAX_MESSAGE),
             container: if e.container.is_empty() {
                 None
             } else {
@@ -394,6 +428,34 @@ mod tests {
         let wire = wire_timestamp(at);
         assert_eq!((wire.seconds, wire.nanos), (-2, 500_000_000));
         assert_eq!(timestamp("at", wire).unwrap(), at);
+    }
+
+    #[test]
+    fn a_hosts_words_are_kept_only_as_far_as_somebody_reads_them() {
+        let text = "é".repeat(MAX_MESSAGE);
+        let cut = kept(text, MAX_MESSAGE);
+        assert!(
+            cut.len() <= MAX_MESSAGE && cut.capacity() <= 2 * MAX_MESSAGE,
+            "{}",
+            cut.len()
+        );
+        let event = PodEvent::try_from(wire::PodEvent {
+            key: Some(wire::SandboxKey {
+                pod_uid: "u".into(),
+                attempt: 1,
+            }),
+            reason: "x".repeat(1 << 20),
+            message: "x".repeat(1 << 20),
+            at: Some(wire_timestamp(Timestamp::UNIX_EPOCH)),
+            ..wire::PodEvent::default()
+        });
+        let event = event.unwrap();
+        assert_eq!(
+            (event.reason.len(), event.message.len()),
+            (MAX_WORDS, MAX_MESSAGE)
+        );
+        let many = vec![wire::ContainerStatus::default(); MAX_CONTAINERS + 1];
+        assert!(few("containers", many).is_err());
     }
 
     #[test]

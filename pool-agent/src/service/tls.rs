@@ -5,7 +5,8 @@
 //! What always holds: a handshake has [`PATIENCE`], and strangers who hold theirs open
 //! keep nobody out ([`Door`](bounds::door)): callers that were here before do not stand
 //! among them. A tenant has a share of the connections. Files that change ([`files`])
-//! are taken up for new ones.
+//! are taken up for new ones. A connection ends with the certificate that it was made
+//! with, or when a root is taken away.
 
 mod files;
 
@@ -15,14 +16,14 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bounds::{
-    Acquainted, Bounds, Budget, Gate, Guest, Level, Path, Place, Rule, Seldom, Shared, Step, door::Queue,
+    Acquainted, Bounds, Budget, End, Gate, Guest, Level, Path, Place, Rule, Seldom, Shared, Step, door::Queue,
 };
 use pool_agent_api::{Peer, PeerId, TenantId};
-use rustls::pki_types::CertificateDer;
+use rustls::pki_types::{CertificateDer, pem::PemObject};
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
@@ -30,6 +31,7 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 use x509_parser::{extensions::GeneralName, prelude::FromDer};
 
@@ -133,9 +135,10 @@ impl Doorway {
         stream: TcpStream,
         from: IpAddr,
         trust_domain: &str,
+        revoked: CancellationToken,
     ) -> Result<Connection, Stranger> {
         let guest = self.come(from);
-        let (stream, tenant) = tokio::select! {
+        let (stream, tenant, left) = tokio::select! {
             shaken = shake_hands(acceptor, stream, trust_domain) => shaken?,
             () = guest.displaced() => return Err(Stranger::Displaced),
         };
@@ -144,8 +147,40 @@ impl Doorway {
         Ok(Connection {
             stream,
             tenant,
+            end: End::new(left, revoked),
             _place: place,
         })
+    }
+}
+
+/// Roots that callers are verified by, and what ends the connections that were.
+struct Roots {
+    pem: Vec<u8>,
+    revoked: CancellationToken,
+}
+
+impl Roots {
+    fn new(credentials: &Credentials) -> Self {
+        Self {
+            pem: credentials.pem.ca.clone(),
+            revoked: CancellationToken::new(),
+        }
+    }
+
+    /// More roots end nothing.
+    fn follow(&mut self, credentials: &Credentials) {
+        let of = |pem: &[u8]| -> Vec<CertificateDer<'static>> {
+            CertificateDer::pem_slice_iter(pem)
+                .filter_map(Result::ok)
+                .collect()
+        };
+        let now = of(&credentials.pem.ca);
+        let removed = of(&self.pem).iter().any(|root| !now.contains(root));
+        self.pem.clone_from(&credentials.pem.ca);
+        if removed {
+            tracing::info!("a root of the pool is gone: all callers have to come again");
+            std::mem::take(&mut self.revoked).cancel();
+        }
     }
 }
 
@@ -153,14 +188,22 @@ impl Doorway {
 pub fn accept(
     listener: TcpListener,
     trust_domain: String,
-    credentials: watch::Receiver<Arc<Credentials>>,
+    mut credentials: watch::Receiver<Arc<Credentials>>,
     doorway: Doorway,
 ) -> ReceiverStream<io::Result<Connection>> {
     let (accepted, stream) = mpsc::channel(ACCEPTED);
     tokio::spawn(async move {
         let (not_accepted, turned_away) = (Seldom::default(), Arc::new(Seldom::allowing(TOLD)));
+        let mut roots = Roots::new(&credentials.borrow_and_update());
         loop {
-            let (stream, from) = match listener.accept().await {
+            let next = tokio::select! {
+                next = listener.accept() => next,
+                Ok(()) = credentials.changed() => {
+                    roots.follow(&credentials.borrow_and_update());
+                    continue;
+                }
+            };
+            let (stream, from) = match next {
                 Ok(accepted) => accepted,
                 Err(error) => {
                     if let Some(left_out) = not_accepted.due(Instant::now()) {
@@ -170,12 +213,17 @@ pub fn accept(
                     continue;
                 }
             };
-            let acceptor = TlsAcceptor::from(credentials.borrow().server.clone());
+            let current = credentials.borrow_and_update().clone();
+            roots.follow(&current);
+            let (acceptor, revoked) = (TlsAcceptor::from(current.server.clone()), roots.revoked.clone());
             let (accepted, trust_domain) = (accepted.clone(), trust_domain.clone());
             let (doorway, turned_away) = (doorway.clone(), turned_away.clone());
             tokio::spawn(async move {
                 let from_ip = from.ip().to_canonical();
-                match doorway.admit(acceptor, stream, from_ip, &trust_domain).await {
+                match doorway
+                    .admit(acceptor, stream, from_ip, &trust_domain, revoked)
+                    .await
+                {
                     Ok(connection) => {
                         if accepted.send(Ok(connection)).await.is_err() {
                             tracing::debug!("a caller came as the agent ended");
@@ -199,7 +247,7 @@ async fn shake_hands(
     acceptor: TlsAcceptor,
     stream: TcpStream,
     trust_domain: &str,
-) -> Result<(TlsStream<TcpStream>, TenantId), Stranger> {
+) -> Result<(TlsStream<TcpStream>, TenantId, Duration), Stranger> {
     stream.set_nodelay(true).map_err(Stranger::Handshake)?;
     let stream = tokio::time::timeout(PATIENCE, acceptor.accept(stream))
         .await
@@ -212,7 +260,17 @@ async fn shake_hands(
         .and_then(|chain| chain.first())
         .ok_or(Stranger::Certificate)?;
     let tenant = tenant_of(leaf, trust_domain)?;
-    Ok((stream, tenant))
+    let left = time_left(leaf)?;
+    Ok((stream, tenant, left))
+}
+
+/// How long a certificate is good for yet.
+fn time_left(certificate: &CertificateDer<'_>) -> Result<Duration, Stranger> {
+    let (_, parsed) = x509_parser::certificate::X509Certificate::from_der(certificate)
+        .map_err(|_| Stranger::Certificate)?;
+    let ends = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or(0);
+    let ends = SystemTime::UNIX_EPOCH + Duration::from_secs(ends);
+    Ok(ends.duration_since(SystemTime::now()).unwrap_or_default())
 }
 
 /// The tenant whose virtual node a certificate names.
@@ -247,6 +305,7 @@ fn tenant_of(certificate: &CertificateDer<'_>, trust_domain: &str) -> Result<Ten
 pub struct Connection {
     stream: TlsStream<TcpStream>,
     tenant: TenantId,
+    end: End,
     _place: Place<TenantId>,
 }
 
@@ -260,7 +319,11 @@ impl Connected for Connection {
 
 impl AsyncRead for Connection {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_read(cx, buf)
+        let this = self.get_mut();
+        if this.end.has_come(cx) {
+            return Poll::Ready(Err(End::error()));
+        }
+        Pin::new(&mut this.stream).poll_read(cx, buf)
     }
 }
 

@@ -4,7 +4,8 @@
 //! What always holds: no byte of a connection reaches the server before its
 //! certificate is verified; a peer that says nothing is hung up on, at once when others
 //! need its place; hosts that were here before do not stand among strangers, and none
-//! has more than its own few connections.
+//! has more than its own few connections; a connection ends with the certificate that it
+//! was made with.
 
 use std::{
     io,
@@ -12,16 +13,17 @@ use std::{
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use bounds::{
-    Acquainted, Bounds, Budget, Gate, Level, Path, Place, Rule, Seldom, Shared, Step,
+    Acquainted, Bounds, Budget, End, Gate, Level, Path, Place, Rule, Seldom, Shared, Step,
     door::{Places, Queue},
 };
 
 use futures::Stream;
 use pool_agent_api::HostName;
+use rustls_pki_types::CertificateDer;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -30,7 +32,10 @@ use tokio::{
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
+
+use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::metrics::Metrics;
 use crate::{
@@ -41,7 +46,7 @@ use crate::{
 /// Open connections: a pool has fewer hosts, and each needs one or two.
 const MAX_CONNECTIONS: u32 = 2048;
 /// Of one host: those of an agent that ended may not be gone yet.
-const HOSTS_CONNECTIONS: u32 = 16;
+const HOSTS_CONNECTIONS: u32 = 8;
 
 /// Handshakes at a time, of strangers and again of addresses that a host came from
 /// before. Beyond, the oldest of the address with the most is hung up on.
@@ -77,6 +82,7 @@ enum Refused {
 pub struct HostStream {
     tls: TlsStream<TcpStream>,
     host: HostName,
+    end: End,
     _place: Place<HostName>,
 }
 
@@ -112,7 +118,7 @@ impl Doorway {
             Queue::Stranger
         };
         let guest = self.gate.come(queue, from);
-        let (tls, host) = tokio::select! {
+        let (tls, host, left) = tokio::select! {
             shaken = shake_hands(tcp, tls) => shaken?,
             () = guest.displaced() => return Err(Refused::Displaced),
         };
@@ -136,6 +142,7 @@ impl Doorway {
         Ok(HostStream {
             tls,
             host,
+            end: End::new(left, CancellationToken::new()),
             _place: place,
         })
     }
@@ -191,7 +198,10 @@ fn refuse(from: IpAddr, reason: &Refused, metrics: &Metrics, told: &Seldom) {
     metrics.connection_refused();
 }
 
-async fn shake_hands(tcp: TcpStream, tls: &PoolTls) -> Result<(TlsStream<TcpStream>, HostName), Refused> {
+async fn shake_hands(
+    tcp: TcpStream,
+    tls: &PoolTls,
+) -> Result<(TlsStream<TcpStream>, HostName, Duration), Refused> {
     // Small messages are answered by small messages.
     tcp.set_nodelay(true).map_err(Refused::Handshake)?;
     let acceptor = TlsAcceptor::from(tls.server());
@@ -202,7 +212,19 @@ async fn shake_hands(tcp: TcpStream, tls: &PoolTls) -> Result<(TlsStream<TcpStre
     let host = tls
         .host(stream.get_ref().1.peer_certificates())
         .map_err(Refused::Peer)?;
-    Ok((stream, host))
+    let left = time_left(stream.get_ref().1.peer_certificates());
+    Ok((stream, host, left))
+}
+
+/// How long the certificate is good for yet that a verified peer has shown; no time if
+/// that does not read.
+fn time_left(shown: Option<&[CertificateDer<'_>]>) -> Duration {
+    let ends = shown.and_then(<[_]>::first).and_then(|leaf| {
+        let (_, parsed) = X509Certificate::from_der(leaf).ok()?;
+        u64::try_from(parsed.validity().not_after.timestamp()).ok()
+    });
+    let ends = SystemTime::UNIX_EPOCH + Duration::from_secs(ends.unwrap_or(0));
+    ends.duration_since(SystemTime::now()).unwrap_or_default()
 }
 
 impl Connected for HostStream {
@@ -219,6 +241,9 @@ impl AsyncRead for HostStream {
         cx: &mut Context<'_>,
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if self.end.has_come(cx) {
+            return Poll::Ready(Err(End::error()));
+        }
         Pin::new(&mut self.tls).poll_read(cx, buf)
     }
 }

@@ -2,10 +2,15 @@
 //! One task a host, for as long as the process lives; a broken session is begun
 //! again after a back-off.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use backon::BackoffBuilder;
 use pool_agent_api::{HostName, Invalid, SandboxKey, SandboxStatus, Tenant, status::PodEvent, wire};
+use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tracing::{Instrument, info, info_span, warn};
 
@@ -23,8 +28,46 @@ pub(super) struct Link {
     node_name: String,
     events: mpsc::Sender<PoolEvent>,
     table: Arc<watch::Sender<HostTable>>,
-    /// What the host was last known to have, over sessions.
-    known: BTreeSet<SandboxKey>,
+    known: Told,
+}
+
+/// Bytes of statuses that are kept of one host, as they are sent: ten thousand sandboxes
+/// of an ordinary size.
+const MOST_TOLD: usize = 32 << 20;
+/// What a sandbox takes here beside its status.
+const BESIDE: usize = 2048;
+
+/// What the host was last known to have, over sessions, and how much that is: a host
+/// that was stolen may tell of sandboxes without end.
+#[derive(Debug, Default)]
+struct Told {
+    sizes: BTreeMap<SandboxKey, usize>,
+    bytes: usize,
+}
+
+impl Told {
+    /// Whether there is room for a status of `size` bytes, which is then counted.
+    fn take(&mut self, key: &SandboxKey, size: usize) -> bool {
+        let size = size.saturating_add(BESIDE);
+        let before = self.sizes.get(key).copied().unwrap_or(0);
+        let bytes = (self.bytes - before).saturating_add(size);
+        if bytes > MOST_TOLD {
+            return false;
+        }
+        self.sizes.insert(key.clone(), size);
+        self.bytes = bytes;
+        true
+    }
+
+    fn forget(&mut self, key: &SandboxKey) {
+        self.bytes -= self.sizes.remove(key).unwrap_or(0);
+    }
+
+    /// What is not in `seen`.
+    fn beside(&self, seen: &BTreeSet<SandboxKey>) -> Vec<SandboxKey> {
+        let unseen = |key: &&SandboxKey| !seen.contains(*key);
+        self.sizes.keys().filter(unseen).cloned().collect()
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +110,7 @@ impl Link {
             node_name: node_name.clone(),
             events,
             table,
-            known: BTreeSet::new(),
+            known: Told::default(),
         }
     }
 
@@ -156,9 +199,12 @@ impl Link {
     ) -> Result<(), SessionError> {
         use wire::watch_event::Event;
         match event.event {
-            Some(Event::Status(status)) => match SandboxStatus::try_from(status) {
-                Ok(status) if status.node_name == self.node_name => {
-                    self.known.insert(status.key.clone());
+            Some(Event::Status(status)) => match with_size(status) {
+                Ok((status, size)) if status.node_name == self.node_name => {
+                    if !self.known.take(&status.key, size) {
+                        warn!(key = %status.key, "the host tells of more than it could run: left out");
+                        return Ok(());
+                    }
                     if !*synced {
                         seen.insert(status.key.clone());
                     }
@@ -170,7 +216,7 @@ impl Link {
             },
             Some(Event::Forgotten(key)) => match SandboxKey::from_wire(Some(key)) {
                 Ok(key) => {
-                    self.known.remove(&key);
+                    self.known.forget(&key);
                     self.send(News::Missing(key)).await?;
                 }
                 Err(invalid) => misunderstood(&invalid),
@@ -180,14 +226,13 @@ impl Link {
                 Err(invalid) => misunderstood(&invalid),
             },
             Some(Event::Synced(_)) if !*synced => {
-                let gone: Vec<_> = self.known.difference(seen).cloned().collect();
-                for key in gone {
-                    self.known.remove(&key);
+                for key in self.known.beside(seen) {
+                    self.known.forget(&key);
                     self.send(News::Missing(key)).await?;
                 }
                 seen.clear();
                 *synced = true;
-                info!(sandboxes = self.known.len(), "in sync with the host");
+                info!(sandboxes = self.known.sizes.len(), "in sync with the host");
                 self.send(News::Synced).await?;
                 let host = host.take();
                 self.set(|view| {
@@ -223,4 +268,58 @@ impl Link {
 
 fn misunderstood(invalid: &Invalid) {
     warn!(error = %invalid, "the host sent an event that cannot be understood");
+}
+
+/// A status, and its bytes as they were sent.
+fn with_size(status: wire::SandboxStatus) -> Result<(SandboxStatus, usize), Invalid> {
+    let size = status.encoded_len();
+    Ok((SandboxStatus::try_from(status)?, size))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(pod: u32, attempt: u32) -> SandboxKey {
+        SandboxKey {
+            pod: format!("u-{pod}").parse().unwrap(),
+            attempt: pool_agent_api::Attempt::parse("attempt", attempt).unwrap(),
+        }
+    }
+
+    #[test]
+    fn a_host_that_tells_of_sandboxes_without_end_is_listened_to_only_so_far() {
+        // By ever new pods, by ever new attempts of one, and by few that are large.
+        type Next = fn(u32) -> (SandboxKey, usize);
+        let attacks: [Next; 3] = [
+            |n| (key(n, 1), 100),
+            |n| (key(1, n + 1), 100),
+            |n| (key(n, 1), 1 << 20),
+        ];
+        for next in attacks {
+            let mut told = Told::default();
+            let taken = (0..100_000).filter(|&n| {
+                let (key, size) = next(n);
+                told.take(&key, size)
+            });
+            let taken = taken.count();
+            assert!(taken * BESIDE <= MOST_TOLD && taken > 0, "{taken}");
+            assert!(told.bytes <= MOST_TOLD);
+            // What is known goes on being followed, and room comes back.
+            let known = next(0).0;
+            assert!(told.take(&known, 100));
+            told.forget(&known);
+            assert!(told.take(&key(200_000, 1), 100));
+        }
+    }
+
+    #[test]
+    fn what_a_session_did_not_tell_of_is_missing() {
+        let mut told = Told::default();
+        assert!(told.take(&key(1, 1), 10) && told.take(&key(2, 1), 10));
+        assert_eq!(told.beside(&[key(1, 1)].into()), [key(2, 1)]);
+        told.forget(&key(1, 1));
+        told.forget(&key(2, 1));
+        assert_eq!(told.bytes, 0);
+    }
 }

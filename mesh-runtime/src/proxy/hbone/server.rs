@@ -26,7 +26,7 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use super::{
     HANDSHAKE_TIMEOUT, MAX_FRAME, MAX_HEADERS, MAX_SERVER_STREAMS, SEND_BUFFER, STREAM_WINDOW, TLS_BUFFER,
-    TUNNEL_WINDOW, keepalive, peer_identity, read_ahead::ReadAhead, request,
+    TUNNEL_WINDOW, keepalive, peer_identity, read_ahead::ReadAhead, request, time_left,
 };
 use crate::{
     limits::{self, Peer},
@@ -43,6 +43,10 @@ use crate::{
 /// A tunnel without streams is closed after this long. Longer than a client
 /// keeps one idle, so that it is the client who lets go.
 const IDLE: Duration = Duration::from_secs(600);
+
+/// Once its peer's certificate is over a tunnel takes no more streams; those that it has
+/// may go on this long. Their client opens the next in a tunnel of its new certificate.
+const LINGER: Duration = Duration::from_secs(3600);
 
 /// Who comes from an address that no workload has gets this long for TLS, and again
 /// for HTTP/2.
@@ -61,7 +65,7 @@ pub(crate) async fn serve(
         shaken = shake_hands(&mesh, &pod, tcp, peer, guest.queue()) => shaken,
         () = guest.displaced() => return mesh.metrics.refused("displaced"),
     };
-    let Some((connection, identity)) = shaken else {
+    let Some((connection, identity, left)) = shaken else {
         return;
     };
     let place = match pod.shares.inbound(Peer::Identity(identity.clone())) {
@@ -72,7 +76,7 @@ pub(crate) async fn serve(
         }
     };
     drop(guest);
-    drive(mesh, pod, connection, peer, identity).await;
+    drive(mesh, pod, connection, peer, identity, left).await;
     drop(place);
 }
 
@@ -85,7 +89,7 @@ async fn shake_hands(
     tcp: TcpStream,
     peer: SocketAddr,
     queue: Queue,
-) -> Option<(Connection, Identity)> {
+) -> Option<(Connection, Identity, Duration)> {
     let limit = match queue {
         Queue::Known => HANDSHAKE_TIMEOUT,
         Queue::Stranger => STRANGERS_TIMEOUT,
@@ -117,6 +121,7 @@ async fn shake_hands(
             return None;
         }
     };
+    let left = time_left(tls.get_ref().1);
     tls.get_mut().1.set_buffer_limit(Some(TLS_BUFFER));
     let handshake = h2::server::Builder::new()
         .initial_window_size(STREAM_WINDOW)
@@ -127,7 +132,7 @@ async fn shake_hands(
         .max_concurrent_streams(MAX_SERVER_STREAMS)
         .handshake::<_, Bytes>(tls);
     match timeout(limit, handshake).await {
-        Ok(Ok(connection)) => Some((connection, identity)),
+        Ok(Ok(connection)) => Some((connection, identity, left)),
         Ok(Err(error)) => {
             tracing::info!(%peer, %identity, %error, "tunnel refused: HTTP/2 failed");
             mesh.metrics.refused("http2");
@@ -147,6 +152,7 @@ async fn drive(
     mut connection: Connection,
     peer: SocketAddr,
     identity: Identity,
+    left: Duration,
 ) {
     let _open = mesh.metrics.tunnel(Direction::Inbound);
     let tunnel = Arc::new(Tunnel {
@@ -158,11 +164,26 @@ async fn drive(
     let closing = pod.live.closing().clone();
     let mut closing = std::pin::pin!(closing.cancelled());
     let mut idle = std::pin::pin!(tokio::time::sleep(IDLE));
+    let mut certified = std::pin::pin!(tokio::time::sleep(left));
+    let mut certificate_is_over = false;
     let mut leaving = false;
     loop {
         tokio::select! {
-            // A busy tunnel's own work first.
+            // Before its own work: one that is never idle would never be asked.
             biased;
+            () = &mut certified => {
+                if certificate_is_over {
+                    tracing::info!(%peer, identity = %tunnel.identity, "tunnel ended: its peer's certificate is over");
+                    return;
+                }
+                certificate_is_over = true;
+                certified.as_mut().reset(Instant::now() + LINGER);
+                if !leaving {
+                    leaving = true;
+                    connection.graceful_shutdown();
+                }
+            }
+            // A busy tunnel's own work first.
             accepted = connection.accept() => match accepted {
                 Some(Ok((request, respond))) => stream(&mesh, &pod, &tunnel, request, respond),
                 Some(Err(error)) => {

@@ -36,12 +36,17 @@ impl Ca {
 
     /// PEM of a certificate with these URI names, and of its key.
     fn issue(&self, uris: &[&str]) -> (String, String) {
+        self.issue_for(uris, Duration::from_secs(3600))
+    }
+
+    fn issue_for(&self, uris: &[&str], life: Duration) -> (String, String) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec![]).unwrap();
         params.subject_alt_names = uris
             .iter()
             .map(|uri| SanType::URI((*uri).try_into().unwrap()))
             .collect();
+        params.not_after = (SystemTime::now() + life).into();
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
         (certificate.pem(), key.serialize_pem())
     }
@@ -89,8 +94,21 @@ async fn serve_within(ca: &Ca, callers: Callers) -> Server {
 
 /// Whether a caller that shakes hands is kept.
 async fn call(server: SocketAddr, trusts: &Ca, own: Option<(String, String)>) -> bool {
+    let Ok(mut stream) = connect(server, &trusts.pem, own).await else {
+        return false;
+    };
+    // In TLS 1.3 a client learns only later that it was refused.
+    let read = tokio::time::timeout(Duration::from_millis(500), stream.read(&mut [0; 1])).await;
+    read.is_err()
+}
+
+async fn connect(
+    server: SocketAddr,
+    trusts: &str,
+    own: Option<(String, String)>,
+) -> io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
     let mut roots = RootCertStore::empty();
-    let root = CertificateDer::from_pem_slice(trusts.pem.as_bytes()).unwrap();
+    let root = CertificateDer::from_pem_slice(trusts.as_bytes()).unwrap();
     roots.add(root).unwrap();
     let provider = Arc::new(aws_lc_rs::default_provider());
     let verifier = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone())
@@ -111,12 +129,7 @@ async fn call(server: SocketAddr, trusts: &Ca, own: Option<(String, String)>) ->
     };
     let stream = TcpStream::connect(server).await.unwrap();
     let name = ServerName::try_from("host").unwrap();
-    let Ok(mut stream) = TlsConnector::from(Arc::new(config)).connect(name, stream).await else {
-        return false;
-    };
-    // In TLS 1.3 a client learns only later that it was refused.
-    let read = tokio::time::timeout(Duration::from_millis(500), stream.read(&mut [0; 1])).await;
-    read.is_err()
+    TlsConnector::from(Arc::new(config)).connect(name, stream).await
 }
 
 /// The host's name is a URI; who it is, is not what is tested here.
@@ -257,6 +270,77 @@ async fn a_tenants_connections_are_bounded_and_no_other_tenants() {
     kept.pop();
     let (called, accepted) = tokio::join!(call(server.address, &ca, of("greedy")), server.accepted.next());
     assert!(called && accepted.unwrap().is_ok(), "one had ended");
+}
+
+/// Whether nothing more is read of it, soon.
+async fn ends(connection: &mut Connection) -> bool {
+    let soon = Duration::from_secs(20);
+    let read = tokio::time::timeout(soon, connection.read(&mut [0; 1])).await;
+    matches!(read, Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut)
+}
+
+async fn stands(connection: &mut Connection) -> bool {
+    let while_looking = Duration::from_millis(300);
+    tokio::time::timeout(while_looking, connection.read(&mut [0; 1]))
+        .await
+        .is_err()
+}
+
+#[tokio::test]
+async fn a_connection_ends_with_the_certificate_that_it_was_made_with() {
+    let ca = Ca::new();
+    let mut server = serve(&ca).await;
+    let node = ["spiffe://pool/tenant/demo/virtual-node"];
+    let mut held = vec![];
+    for life in [4, 3600] {
+        let own = ca.issue_for(&node, Duration::from_secs(life));
+        let (address, pem) = (server.address, ca.pem.clone());
+        // Never hangs up, nor says anything.
+        held.push(tokio::spawn(async move {
+            let _stream = connect(address, &pem, Some(own)).await.unwrap();
+            std::future::pending::<()>().await;
+        }));
+        let mut connection = server.accepted.next().await.unwrap().unwrap();
+        if life == 4 {
+            assert!(ends(&mut connection).await, "it outlived its certificate");
+        } else {
+            assert!(stands(&mut connection).await, "its certificate is good");
+        }
+    }
+    held.iter().for_each(|held| held.abort());
+}
+
+#[tokio::test]
+async fn connections_end_when_a_root_is_taken_away_and_not_when_one_is_added() {
+    let (old, new) = (Ca::new(), Ca::new());
+    let files = |roots: &[&Ca]| {
+        let directory = tempfile::tempdir().unwrap();
+        let (certificate, key) = old.issue(&["spiffe://pool/host/host-a"]);
+        let files = write(directory.path(), &old, &certificate, &key);
+        let pem: String = roots.iter().map(|ca| ca.pem.as_str()).collect();
+        std::fs::write(&files.ca, pem).unwrap();
+        Arc::new(Credentials::load(&files).unwrap())
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (current, credentials) = watch::channel(files(&[&old]));
+    let doorway = Doorway::new(
+        crate::policy::bounds::Bounds::default().callers(),
+        &Bounds::default(),
+    );
+    let mut accepted = accept(listener, "pool".into(), credentials, doorway);
+    let own = old.issue(&["spiffe://pool/tenant/demo/virtual-node"]);
+    let pem = old.pem.clone();
+    let caller = tokio::spawn(async move {
+        let _stream = connect(address, &pem, Some(own)).await.unwrap();
+        std::future::pending::<()>().await;
+    });
+    let mut connection = accepted.next().await.unwrap().unwrap();
+    current.send_replace(files(&[&old, &new]));
+    assert!(stands(&mut connection).await, "its root is still there");
+    current.send_replace(files(&[&new]));
+    assert!(ends(&mut connection).await, "it outlived its root");
+    caller.abort();
 }
 
 #[tokio::test(start_paused = true)]
