@@ -1,6 +1,7 @@
 //! Names, labels and annotations in the cell.
 
-use pool_agent_api::{Invalid, Namespace, SandboxKey, TenantId};
+use k8s_openapi::api::core::v1::Pod;
+use pool_agent_api::{Attempt, Invalid, Namespace, PodUid, SandboxKey, TenantId};
 
 /// Keeps pods away from the pool's hosts that are no claims.
 pub const POOL_TAINT: &str = "spindrift.dev/pool";
@@ -93,6 +94,30 @@ pub fn claim_name(key: &SandboxKey) -> String {
     format!("{}-{}", key.pod, key.attempt)
 }
 
+/// Whose claim a Pod is by its name, which cannot change, whatever else it says: one of
+/// another release may say what this one does not know. None if it is no claim's name.
+pub fn subject(pod: &Pod) -> Option<(TenantId, SandboxKey)> {
+    let tenant = tenant_of(pod.metadata.namespace.as_deref()?)?;
+    let name = pod.metadata.name.as_deref()?;
+    let (pod, attempt) = name.rsplit_once('-')?;
+    let key = SandboxKey {
+        pod: PodUid::parse("metadata.name", pod).ok()?,
+        attempt: Attempt::parse("metadata.name", attempt.parse().ok()?).ok()?,
+    };
+    (claim_name(&key) == name).then_some((tenant, key))
+}
+
+/// Whether one version of an object is newer than another. Kubernetes promises that
+/// versions of one resource are numbers that grow; what is none says nothing, and the
+/// object that comes later is taken for the newer.
+pub fn is_newer(new: Option<&str>, old: Option<&str>) -> bool {
+    let number = |version: Option<&str>| version.and_then(|v| v.parse::<u64>().ok());
+    match (number(new), number(old)) {
+        (Some(new), Some(old)) => new > old,
+        _ => true,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -117,6 +142,26 @@ mod tests {
             "system:node:a",
         ] {
             assert_eq!(tenant_of_user(other), None, "{other}");
+        }
+        let of = |namespace: &str, name: &str| {
+            let mut pod = Pod::default();
+            pod.metadata.namespace = Some(namespace.into());
+            pod.metadata.name = Some(name.into());
+            subject(&pod).map(|(tenant, key)| (tenant.to_string(), key.to_string()))
+        };
+        assert_eq!(
+            of("tenant-acme", "a-b-12"),
+            Some(("acme".into(), "a-b/12".into()))
+        );
+        for (namespace, name) in [
+            ("acme", "a-1"),
+            ("tenant-acme", "a"),
+            ("tenant-acme", "a-0"),
+            ("tenant-acme", "a-01"),
+            ("tenant-acme", "a-x"),
+            ("tenant-acme", "-1"),
+        ] {
+            assert_eq!(of(namespace, name), None, "{namespace}/{name}");
         }
         let long: TenantId = "x".repeat(57).parse().unwrap();
         assert!(namespace_of(&long).unwrap_err().problem.contains("56"));

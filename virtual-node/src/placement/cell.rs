@@ -7,6 +7,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
     time::Duration,
 };
 
@@ -20,7 +21,7 @@ use kube::{
 use pool_agent_api::{HostName, Invalid, PodUid, Resources, SandboxKey, TenantId};
 use pool_cell::{Claim, ClaimParts, OwnerUid, names};
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{Semaphore, mpsc, oneshot, watch},
     time::{Instant, MissedTickBehavior},
 };
 use tracing::{debug, info, warn};
@@ -40,6 +41,9 @@ use crate::{
 /// Creations and reads in flight; more of a burst wait their turn. As many as an API
 /// server's fairness gives one user without queueing.
 const CALLS: usize = 32;
+/// Deletions in flight, which do not wait for those: fewer, since what ends has more
+/// time than what begins. A namespace that is emptied has hundreds at once.
+const DELETES: usize = 16;
 /// How often what has to be tried again is looked for.
 const TICK: Duration = Duration::from_secs(1);
 /// Between attempts to create a claim: doubles.
@@ -101,6 +105,8 @@ pub(super) struct Task {
     calls: FuturesUnordered<BoxFuture<'static, Done>>,
     /// Each goes on until it is answered.
     deletions: FuturesUnordered<BoxFuture<'static, ()>>,
+    /// Requests of theirs that may be under way.
+    deletes: Arc<Semaphore>,
     swept: Instant,
     away: bool,
 }
@@ -119,6 +125,7 @@ impl Task {
             queue: VecDeque::new(),
             calls: FuturesUnordered::new(),
             deletions: FuturesUnordered::new(),
+            deletes: Arc::new(Semaphore::new(DELETES)),
             swept: Instant::now(),
             away: false,
         }
@@ -344,6 +351,10 @@ impl Task {
     }
 
     fn try_again(&mut self, pod: &PodUid) {
+        if !self.waits(pod) {
+            self.retries.remove(pod);
+            return;
+        }
         if let Some(retry) = self.retries.get_mut(pod) {
             // Until the answer says otherwise.
             retry.at = Instant::now() + RETRY_MOST;
@@ -378,9 +389,10 @@ impl Task {
                         asking.waiting.send_replace(Some(waiting));
                     }
                 }
+                Effect::Again(pod) => self.pause(&pod, false),
                 Effect::Delete(key) => {
-                    let api = self.api.clone();
-                    self.deletions.push(delete(api, key).boxed());
+                    let (api, turns) = (self.api.clone(), self.deletes.clone());
+                    self.deletions.push(delete(api, key, turns).boxed());
                 }
                 Effect::Create(_) | Effect::Look(_) | Effect::LookForPod { .. } => {
                     self.queue.push_back(effect);
@@ -431,16 +443,18 @@ impl Task {
     fn called(&mut self, done: Done) {
         let effects = match done {
             Done::Created(claim, Ok(pod)) => {
-                self.retries.remove(&claim.key.pod);
-                self.claims.seen(&pod)
+                let effects = self.claims.answered(&pod);
+                let again = |effect: &Effect| matches!(effect, Effect::Again(_));
+                if !effects.iter().any(again) {
+                    self.retries.remove(&claim.key.pod);
+                }
+                effects
             }
             Done::Created(claim, Err(error)) => self.not_created(&claim, &error),
-            Done::Looked(_, Ok(Some(pod))) => self.claims.seen(&pod),
+            Done::Looked(_, Ok(Some(pod))) => self.claims.answered(&pod),
             Done::Looked(key, Ok(None)) => self.claims.looked_in_vain(&key),
             Done::Looked(key, Err(error)) => {
                 debug!(error = &error as &dyn std::error::Error, "a claim was not read");
-                // As for a claim that was not created; what is kept is looked for
-                // with the next listing.
                 self.pause(&key.pod, false);
                 vec![]
             }
@@ -490,8 +504,14 @@ impl Task {
         self.claims.not_created(key, why)
     }
 
+    /// The pod waits for something that has to be asked for again: an attempt that has
+    /// no room yet, or whether the claim of one that runs is there.
+    fn waits(&self, pod: &PodUid) -> bool {
+        self.asking.contains_key(pod) || self.claims.misses(pod)
+    }
+
     fn pause(&mut self, pod: &PodUid, quota: bool) {
-        if !self.asking.contains_key(pod) {
+        if !self.waits(pod) {
             return;
         }
         self.turns += 1;
@@ -531,11 +551,14 @@ fn over_quota(message: &str) -> Waiting {
 }
 
 /// Repeats until the claim is gone, or is going.
-async fn delete(api: Api<Pod>, key: SandboxKey) {
+async fn delete(api: Api<Pod>, key: SandboxKey, turns: Arc<Semaphore>) {
     let name = names::claim_name(&key);
     let mut pause = RETRY_FIRST;
     loop {
-        match answered(api.delete(&name, &DeleteParams::default())).await {
+        let turn = turns.acquire().await;
+        let deleted = answered(api.delete(&name, &DeleteParams::default())).await;
+        drop(turn);
+        match deleted {
             Ok(_) => return,
             Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => return,
             Err(error) => {
@@ -548,5 +571,43 @@ async fn delete(api: Api<Pod>, key: SandboxKey) {
         }
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(RETRY_MOST);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use http::{Request as HttpRequest, Response};
+    use http_body_util::Full;
+    use kube::client::Body;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_namespace_that_is_emptied_asks_the_cell_a_few_at_a_time() {
+        let (now, most) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+        let (counted, highest) = (now.clone(), most.clone());
+        let server = tower::service_fn(move |_: HttpRequest<Body>| {
+            let (now, most) = (counted.clone(), highest.clone());
+            async move {
+                most.fetch_max(now.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                now.fetch_sub(1, Ordering::SeqCst);
+                let pod = serde_json::to_vec(&Pod::default()).unwrap_or_default();
+                Ok::<_, std::convert::Infallible>(Response::new(Full::new(bytes::Bytes::from(pod))))
+            }
+        });
+        let api: Api<Pod> = Api::namespaced(Client::new(server, "default"), "tenant-demo");
+        let turns = Arc::new(Semaphore::new(DELETES));
+        let all = (1..=200).map(|attempt| {
+            let key = SandboxKey {
+                pod: PodUid::parse("pod", "u-1").unwrap(),
+                attempt: pool_agent_api::Attempt::parse("attempt", attempt).unwrap(),
+            };
+            delete(api.clone(), key, turns.clone())
+        });
+        futures::future::join_all(all).await;
+        assert_eq!(most.load(Ordering::SeqCst), DELETES);
     }
 }

@@ -24,7 +24,7 @@ use std::{
 
 use k8s_openapi::api::core::v1::Pod;
 use pool_agent_api::{Attempt, HostName, Namespace, PodName, PodUid, SandboxKey};
-use pool_cell::{Claim, Placed};
+use pool_cell::{Claim, NotAClaim, Placed, names};
 use tracing::warn;
 
 use super::Waiting;
@@ -36,7 +36,8 @@ pub(super) enum Effect {
     /// Repeated until it is gone or being deleted.
     Delete(SandboxKey),
     /// Read the claim itself: the watch is no proof of absence. Answered by
-    /// [`Claims::seen`] or [`Claims::looked_in_vain`].
+    /// [`Claims::answered`] or [`Claims::looked_in_vain`]; one that fails is repeated
+    /// for as long as it [is missed](Claims::misses).
     Look(SandboxKey),
     /// Read the pod of a claim that no driver has asked for. Answered by
     /// [`Claims::orphaned`] if it is gone.
@@ -48,6 +49,8 @@ pub(super) enum Effect {
     Room(PodUid, HostName),
     Lost(PodUid),
     Tell(PodUid, Waiting),
+    /// Call [`Claims::again`] after a while.
+    Again(PodUid),
 }
 
 /// What a pod's driver said last.
@@ -88,6 +91,19 @@ struct Seen {
     unscheduled: String,
     /// A deletion by us is under way.
     deleting: bool,
+    /// Only an answer has told of it, which may be older than the watch's last list.
+    unconfirmed: bool,
+}
+
+/// A Pod that has the name of a claim of this node's, and is none of the shape that
+/// this release makes: the cell changed it, or another release made it.
+#[derive(Debug)]
+struct Misshapen {
+    wrong: NotAClaim,
+    /// Of which pod it says to be.
+    pod: Option<(Namespace, PodName)>,
+    host: Option<HostName>,
+    deleting: bool,
 }
 
 #[derive(Debug)]
@@ -95,6 +111,10 @@ pub(super) struct Claims {
     node_name: String,
     wants: BTreeMap<PodUid, Want>,
     seen: BTreeMap<PodUid, BTreeMap<Attempt, Seen>>,
+    misshapen: BTreeMap<PodUid, BTreeMap<Attempt, Misshapen>>,
+    /// The newest version that the watch has told: what was read before is older than
+    /// what is known, be it that the claim is gone.
+    told: u64,
     /// Where each host's agent was last said to serve.
     agents: BTreeMap<HostName, SocketAddr>,
     reachable: BTreeSet<HostName>,
@@ -112,6 +132,8 @@ impl Claims {
             node_name,
             wants: BTreeMap::new(),
             seen: BTreeMap::new(),
+            misshapen: BTreeMap::new(),
+            told: 0,
             agents: BTreeMap::new(),
             reachable: BTreeSet::new(),
             listing: None,
@@ -161,49 +183,75 @@ impl Claims {
 
     pub(super) fn end_listing(&mut self) -> Vec<Effect> {
         let listing = self.listing.take().unwrap_or_default();
-        let gone: Vec<SandboxKey> = self
-            .seen
-            .iter()
-            .flat_map(|(pod, attempts)| attempts.keys().map(move |attempt| key(pod, *attempt)))
-            .filter(|key| !listing.contains(key))
-            .collect();
-        for key in &gone {
-            self.forget(key);
+        let mut effects = vec![];
+        for key in self.keys() {
+            if listing.contains(&key) {
+                continue;
+            }
+            // An answer that came meanwhile may be from before the list, or after.
+            let unconfirmed = self
+                .claim_of(&key.pod, key.attempt)
+                .is_some_and(|s| s.unconfirmed);
+            if unconfirmed {
+                effects.push(Effect::Look(key));
+            } else {
+                self.forget(&key);
+            }
         }
         self.new_host |= !std::mem::replace(&mut self.listed, true);
-        let pods: Vec<PodUid> = self.wants.keys().chain(self.seen.keys()).cloned().collect();
-        pods.iter().flat_map(|pod| self.settle(pod)).collect()
+        let pods: BTreeSet<PodUid> = self.wants.keys().cloned().chain(self.pods()).collect();
+        effects.extend(pods.iter().flat_map(|pod| self.settle(pod)));
+        effects
     }
 
-    /// A claim as it is now. Those of the tenant's other nodes are not ours.
+    /// A claim as the watch tells it. Those of the tenant's other nodes are not ours.
     pub(super) fn seen(&mut self, pod: &Pod) -> Vec<Effect> {
+        let listed = names::subject(pod).map(|(_, key)| key);
+        if let (Some(listing), Some(key)) = (&mut self.listing, listed) {
+            listing.insert(key);
+        }
+        self.heard(pod);
+        self.known(pod, false)
+    }
+
+    /// A claim as a request was answered: the watch may have told newer things.
+    pub(super) fn answered(&mut self, pod: &Pod) -> Vec<Effect> {
+        let subject = names::subject(pod).map(|(_, key)| key);
+        let older = version(pod).is_some_and(|version| version <= self.told);
+        let unconfirmed = |key: &SandboxKey| {
+            let seen = self.claim_of(&key.pod, key.attempt);
+            seen.is_some_and(|seen| seen.unconfirmed)
+        };
+        match subject {
+            Some(key) if older && self.listed && !unconfirmed(&key) => self.settle(&key.pod),
+            _ => self.known(pod, true),
+        }
+    }
+
+    fn known(&mut self, pod: &Pod, unconfirmed: bool) -> Vec<Effect> {
         let placed = match Placed::parse(pod) {
             Ok(placed) => placed,
-            // The cell's policy lets nobody make one.
-            Err(error) => {
-                warn!(error = %error, name = pod.metadata.name, "a Pod among the claims is none");
-                return vec![];
-            }
+            Err(wrong) => return self.misshapen(pod, wrong),
         };
         if placed.claim.node_name != self.node_name {
             return vec![];
         }
         let key = placed.claim.key.clone();
-        if let Some(listing) = &mut self.listing {
-            listing.insert(key.clone());
-        }
+        self.forget_misshapen(&key);
         if let (Some(host), Some(agent)) = (&placed.host, placed.agent) {
-            let before = self.agents.insert(host.clone(), agent);
-            self.new_host |= before != Some(agent) || !self.reachable.contains(host);
+            self.serves(host.clone(), agent);
         }
         let attempts = self.seen.entry(key.pod.clone()).or_default();
-        let deleting = attempts
+        let before = attempts
             .get(&key.attempt)
-            .is_some_and(|old| old.deleting && old.placed.uid == placed.uid);
+            .filter(|old| old.placed.uid == placed.uid);
+        let deleting = before.is_some_and(|old| old.deleting);
+        let unconfirmed = unconfirmed && before.is_none_or(|old| old.unconfirmed);
         let seen = Seen {
             unscheduled: unscheduled(pod),
             placed,
             deleting,
+            unconfirmed,
         };
         attempts.insert(key.attempt, seen);
         if let Some(Want::Room { asked, claim, .. }) = self.wants.get_mut(&key.pod)
@@ -214,11 +262,62 @@ impl Claims {
         self.settle(&key.pod)
     }
 
-    pub(super) fn deleted(&mut self, pod: &Pod) -> Vec<Effect> {
-        let Ok(placed) = Placed::parse(pod) else {
+    /// The cell has changed what it was asked for, or does not say it as this release
+    /// does. What may run is left alone; what does not is refused, and deleted.
+    fn misshapen(&mut self, pod: &Pod, wrong: NotAClaim) -> Vec<Effect> {
+        let annotation = |key: &str| pod.metadata.annotations.as_ref()?.get(key).cloned();
+        let Some((_, key)) = names::subject(pod) else {
+            // The cell's policy lets nobody make one.
+            warn!(error = %wrong, name = pod.metadata.name, "a Pod among the claims is none");
             return vec![];
         };
-        let key = placed.claim.key.clone();
+        let wanted = self.wants.get(&key.pod).and_then(Want::attempt) == Some(key.attempt);
+        if annotation(names::NODE).as_deref() != Some(self.node_name.as_str()) && !wanted {
+            return vec![];
+        }
+        let host: Option<HostName> = pod
+            .spec
+            .as_ref()
+            .and_then(|spec| spec.node_name.as_ref()?.parse().ok());
+        let agent = annotation(names::AGENT).and_then(|agent| agent.parse().ok());
+        if let (Some(host), Some(agent)) = (&host, agent) {
+            self.serves(host.clone(), agent);
+        }
+        self.forget_seen(&key);
+        let attempts = self.misshapen.entry(key.pod.clone()).or_default();
+        let before = attempts.get(&key.attempt);
+        if before.is_none() {
+            warn!(
+                pod.uid = %key.pod, attempt = %key.attempt, error = %wrong,
+                "a claim is not of the shape that this release makes"
+            );
+        }
+        let deleting =
+            pod.metadata.deletion_timestamp.is_some() || before.is_some_and(|before| before.deleting);
+        let of = annotation(names::POD).and_then(|of| {
+            let (namespace, name) = of.split_once('/')?;
+            Some((
+                Namespace::parse("annotations", namespace).ok()?,
+                PodName::parse("annotations", name).ok()?,
+            ))
+        });
+        attempts.insert(
+            key.attempt,
+            Misshapen {
+                wrong,
+                pod: of,
+                host,
+                deleting,
+            },
+        );
+        self.settle(&key.pod)
+    }
+
+    pub(super) fn deleted(&mut self, pod: &Pod) -> Vec<Effect> {
+        self.heard(pod);
+        let Some((_, key)) = names::subject(pod) else {
+            return vec![];
+        };
         self.forget(&key);
         self.settle(&key.pod)
     }
@@ -241,11 +340,22 @@ impl Claims {
         if let Some(Want::Room { asked, .. }) = self.wants.get_mut(pod) {
             *asked = false;
         }
-        self.settle(pod)
+        let unconfirmed = self.seen.get(pod).into_iter().flatten();
+        let mut effects: Vec<Effect> = unconfirmed
+            .filter(|(_, seen)| seen.unconfirmed)
+            .map(|(attempt, _)| Effect::Look(key(pod, *attempt)))
+            .collect();
+        effects.extend(self.settle(pod));
+        effects
     }
 
     /// A live read of a claim: there is none.
     pub(super) fn looked_in_vain(&mut self, key: &SandboxKey) -> Vec<Effect> {
+        let seen = self.claim_of(&key.pod, key.attempt);
+        // The watch has told of it since it was looked for, and will tell its end.
+        if seen.is_some_and(|seen| !seen.unconfirmed) {
+            return vec![];
+        }
         self.forget(key);
         match self.wants.get_mut(&key.pod) {
             Some(Want::Kept {
@@ -255,6 +365,23 @@ impl Claims {
             _ => {}
         }
         self.settle(&key.pod)
+    }
+
+    /// Whether it is not known if a claim is there that has to be known.
+    pub(super) fn misses(&self, pod: &PodUid) -> bool {
+        match self.wants.get(pod) {
+            Some(Want::Kept {
+                attempt,
+                unclaimed: false,
+                ..
+            }) => !self.is_there(pod, *attempt),
+            _ => self
+                .seen
+                .get(pod)
+                .into_iter()
+                .flatten()
+                .any(|(_, s)| s.unconfirmed),
+        }
     }
 
     /// A live read of the pod: it is gone, and nobody asks for its claim.
@@ -283,18 +410,28 @@ impl Claims {
         waiting.iter().flat_map(|pod| self.settle(pod)).collect()
     }
 
-    /// Claims for which no driver has said anything: of pods that may be gone.
+    /// Claims for which no driver has said anything, of pods that may be gone; and those
+    /// of which the watch has not told, which may be gone themselves.
     pub(super) fn orphans(&self) -> Vec<Effect> {
-        self.seen
-            .iter()
-            .filter(|(pod, _)| !self.wants.contains_key(*pod))
-            .filter_map(|(_, attempts)| attempts.values().next())
-            .map(|seen| Effect::LookForPod {
-                key: seen.placed.claim.key.clone(),
-                namespace: seen.placed.claim.namespace.clone(),
-                name: seen.placed.claim.name.clone(),
-            })
-            .collect()
+        let seen = self.seen.iter().filter_map(|(_, attempts)| {
+            let claim = &attempts.values().next()?.placed.claim;
+            Some((claim.key.clone(), claim.namespace.clone(), claim.name.clone()))
+        });
+        let misshapen = self.misshapen.iter().filter_map(|(pod, attempts)| {
+            let (attempt, of) = attempts.iter().next()?;
+            let (namespace, name) = of.pod.clone()?;
+            Some((key(pod, *attempt), namespace, name))
+        });
+        let orphans = seen
+            .chain(misshapen)
+            .filter(|(key, _, _)| !self.wants.contains_key(&key.pod))
+            .map(|(key, namespace, name)| Effect::LookForPod { key, namespace, name });
+        // The watch tells of what is there within moments.
+        let unconfirmed = self.keys().into_iter().filter(|key| {
+            let seen = self.claim_of(&key.pod, key.attempt);
+            seen.is_some_and(|seen| seen.unconfirmed)
+        });
+        orphans.chain(unconfirmed.map(Effect::Look)).collect()
     }
 
     pub(super) fn names_a_new_host(&self) -> bool {
@@ -309,6 +446,11 @@ impl Claims {
             if let Some(host) = &seen.placed.host {
                 let agent = seen.placed.agent.or_else(|| self.agents.get(host).copied());
                 hosts.insert(host.clone(), agent);
+            }
+        }
+        for there in self.misshapen.values().flat_map(BTreeMap::values) {
+            if let Some(host) = &there.host {
+                hosts.insert(host.clone(), self.agents.get(host).copied());
             }
         }
         for (pod, want) in &self.wants {
@@ -336,13 +478,46 @@ impl Claims {
         self.seen.get(pod)?.get(&attempt)
     }
 
+    /// Of whatever shape.
+    fn is_there(&self, pod: &PodUid, attempt: Attempt) -> bool {
+        let misshapen = self.misshapen.get(pod);
+        self.claim_of(pod, attempt).is_some() || misshapen.is_some_and(|m| m.contains_key(&attempt))
+    }
+
+    fn pods(&self) -> impl Iterator<Item = PodUid> {
+        self.seen.keys().chain(self.misshapen.keys()).cloned()
+    }
+
+    fn keys(&self) -> Vec<SandboxKey> {
+        let seen = self
+            .seen
+            .iter()
+            .flat_map(|(pod, a)| a.keys().map(move |a| key(pod, *a)));
+        let misshapen = self.misshapen.iter();
+        let misshapen = misshapen.flat_map(|(pod, a)| a.keys().map(move |a| key(pod, *a)));
+        seen.chain(misshapen).collect()
+    }
+
+    fn heard(&mut self, pod: &Pod) {
+        self.told = self.told.max(version(pod).unwrap_or_default());
+    }
+
+    fn serves(&mut self, host: HostName, agent: SocketAddr) {
+        let before = self.agents.insert(host.clone(), agent);
+        self.new_host |= before != Some(agent) || !self.reachable.contains(&host);
+    }
+
     fn forget(&mut self, key: &SandboxKey) {
-        if let Some(attempts) = self.seen.get_mut(&key.pod) {
-            attempts.remove(&key.attempt);
-            if attempts.is_empty() {
-                self.seen.remove(&key.pod);
-            }
-        }
+        self.forget_seen(key);
+        self.forget_misshapen(key);
+    }
+
+    fn forget_seen(&mut self, key: &SandboxKey) {
+        take(&mut self.seen, key);
+    }
+
+    fn forget_misshapen(&mut self, key: &SandboxKey) {
+        take(&mut self.misshapen, key);
     }
 
     /// Once for each new thing to say.
@@ -370,15 +545,44 @@ impl Claims {
                 effects.push(Effect::Delete(key(pod, *attempt)));
             }
         }
+        for (attempt, there) in self.misshapen.get_mut(pod).into_iter().flatten() {
+            let refused = match self.wants.get_mut(pod) {
+                Some(Want::Kept { attempt: kept, .. }) => kept != attempt,
+                Some(Want::Room {
+                    claim,
+                    asked,
+                    answered,
+                    told,
+                }) if claim.key.attempt == *attempt => {
+                    if !*answered {
+                        *asked = true;
+                        let why = Waiting::refused(format!(
+                            "The pool has changed what it was asked for: {}",
+                            there.wrong
+                        ));
+                        if told.as_ref() != Some(&why) {
+                            *told = Some(why.clone());
+                            effects.push(Effect::Tell(pod.clone(), why));
+                        }
+                        effects.push(Effect::Again(pod.clone()));
+                    }
+                    !*answered
+                }
+                _ => true,
+            };
+            if refused && !std::mem::replace(&mut there.deleting, true) {
+                effects.push(Effect::Delete(key(pod, *attempt)));
+            }
+        }
         match self.wants.get(pod) {
-            Some(Want::Nothing) if !self.seen.contains_key(pod) => {
+            Some(Want::Nothing) if !self.seen.contains_key(pod) && !self.misshapen.contains_key(pod) => {
                 self.wants.remove(pod);
             }
             Some(Want::Kept {
                 attempt,
                 unclaimed: false,
                 ..
-            }) if self.listed && self.claim_of(pod, *attempt).is_none() => {
+            }) if self.listed && !self.is_there(pod, *attempt) => {
                 effects.push(Effect::Look(key(pod, *attempt)));
             }
             Some(Want::Room { answered: false, .. }) => effects.extend(self.seek(pod)),
@@ -399,6 +603,10 @@ impl Claims {
             return vec![];
         };
         let attempt = claim.key.attempt;
+        let misshapen = self.misshapen.get(pod);
+        if misshapen.is_some_and(|m| m.contains_key(&attempt)) {
+            return vec![];
+        }
         let Some(seen) = self.seen.get_mut(pod).and_then(|a| a.get_mut(&attempt)) else {
             if *asked || !self.listed {
                 return vec![];
@@ -441,6 +649,19 @@ fn key(pod: &PodUid, attempt: Attempt) -> SandboxKey {
     SandboxKey {
         pod: pod.clone(),
         attempt,
+    }
+}
+
+fn version(pod: &Pod) -> Option<u64> {
+    pod.metadata.resource_version.as_ref()?.parse().ok()
+}
+
+fn take<T>(map: &mut BTreeMap<PodUid, BTreeMap<Attempt, T>>, key: &SandboxKey) {
+    if let Some(attempts) = map.get_mut(&key.pod) {
+        attempts.remove(&key.attempt);
+        if attempts.is_empty() {
+            map.remove(&key.pod);
+        }
     }
 }
 

@@ -10,8 +10,16 @@ pub(super) fn whole_name(image: &str) -> String {
         (_, true) => image.to_owned(),
         (_, false) => format!("docker.io/{image}"),
     };
+    // A digest makes the tag idle, and the runtime drops it.
+    if let Some((tagged, digest)) = named.split_once('@') {
+        let repository = match tagged.rsplit_once(':') {
+            Some((repository, tag)) if !tag.contains('/') => repository,
+            _ => tagged,
+        };
+        return format!("{repository}@{digest}");
+    }
     let last = named.rsplit('/').next().unwrap_or_default();
-    if last.contains([':', '@']) {
+    if last.contains(':') {
         named
     } else {
         format!("{named}:latest")
@@ -35,6 +43,11 @@ mod tests {
             ),
             ("localhost/web:1", "localhost/web:1"),
             ("web@sha256:abc", "docker.io/library/web@sha256:abc"),
+            ("web:1@sha256:abc", "docker.io/library/web@sha256:abc"),
+            (
+                "registry.example:5000/web@sha256:abc",
+                "registry.example:5000/web@sha256:abc",
+            ),
         ] {
             assert_eq!(whole_name(image), name, "{image}");
         }

@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::{collections::VecDeque, time::Duration};
 
 use k8s_openapi::api::core::v1::PodCondition;
 use pool_agent_api::{Invalid, Resources};
@@ -261,13 +261,107 @@ fn a_name_that_is_taken_is_looked_at_and_a_creation_that_failed_is_made_again() 
     assert_eq!(claims.again(&uid("u-1")), [Effect::Create(one)]);
 }
 
+#[test]
+fn a_claim_that_the_cell_changes_is_refused_in_words_deleted_and_asked_for_again_later() {
+    let one = claim("u-1", 1);
+    let mut claims = listed(&[]);
+    claims.want(one.clone());
+    let mut changed = created(&one);
+    changed.spec.as_mut().unwrap().service_account_name = Some("theirs".into());
+    let why = "The pool has changed what it was asked for: spec.serviceAccountName: is not as in a claim";
+    let (again, words) = (Effect::Again(uid("u-1")), Waiting::refused(why));
+    assert_eq!(
+        claims.answered(&changed),
+        [
+            Effect::Tell(uid("u-1"), words),
+            again.clone(),
+            Effect::Delete(one.key.clone())
+        ]
+    );
+    // Told, and deleted, once.
+    assert_eq!(claims.seen(&ending(changed.clone())), [again]);
+    assert_eq!(claims.deleted(&changed), []);
+    assert_eq!(claims.again(&uid("u-1")), [Effect::Create(one.clone())]);
+    // The next is as it was asked for.
+    claims.seen(&told(&one, "host-a"));
+    assert!(matches!(
+        claims.wants[&uid("u-1")],
+        Want::Room { answered: true, .. }
+    ));
+}
+
+#[test]
+fn a_claim_of_another_release_is_left_where_its_pod_runs_and_deleted_when_nobody_wants_it() {
+    let one = claim("u-1", 1);
+    let mut other = told(&one, "host-b");
+    other.spec.as_mut().unwrap().priority_class_name = Some("not a name".into());
+    // After a restart: the record says where the pod runs, the claim where its agent is.
+    let mut claims = listed(&[other.clone()]);
+    assert_eq!(claims.keep(&uid("u-1"), attempt(1), host("host-b")), []);
+    assert!(!claims.misses(&uid("u-1")));
+    assert_eq!(
+        claims.hosts().hosts[&host("host-b")],
+        Some(AGENT.parse().unwrap())
+    );
+    assert_eq!(claims.seen(&other), []);
+    assert_eq!(claims.release(&uid("u-1")), [Effect::Delete(one.key.clone())]);
+    assert_eq!(claims.deleted(&other), []);
+    assert!(
+        claims.wants.is_empty() && claims.misshapen.is_empty(),
+        "{claims:?}"
+    );
+    // One of a pod that is gone is found by what it says of its pod.
+    let mut claims = listed(&[other]);
+    assert!(matches!(claims.orphans()[..], [Effect::LookForPod { .. }]));
+    assert_eq!(claims.orphaned(&uid("u-1")), [Effect::Delete(one.key.clone())]);
+}
+
+#[test]
+fn an_answer_from_before_the_watch_told_that_the_claim_is_gone_brings_nothing_back() {
+    let one = claim("u-1", 1);
+    let mut claims = listed(&[]);
+    claims.want(one.clone());
+    let made = at(created(&one), 7);
+    assert_eq!(claims.seen(&made).len(), 1);
+    claims.keep(&uid("u-1"), attempt(1), host("host-a"));
+    assert_eq!(
+        claims.deleted(&at(made.clone(), 9)),
+        [Effect::Look(one.key.clone())]
+    );
+    // The creation's own answer, late; it is still looked for.
+    assert_eq!(claims.answered(&made), [Effect::Look(one.key.clone())]);
+    assert!(claims.seen.is_empty());
+    claims.looked_in_vain(&one.key);
+    assert!(claims.hosts().hosts.is_empty());
+}
+
+#[test]
+fn an_answer_that_comes_while_the_watch_lists_anew_is_looked_into() {
+    let one = claim("u-1", 1);
+    let mut claims = listed(&[]);
+    claims.want(one.clone());
+    claims.begin_listing();
+    claims.answered(&at(created(&one), 7));
+    let look = Effect::Look(one.key.clone());
+    assert_eq!(claims.end_listing(), [look.clone()]);
+    // A read that failed is made again.
+    assert!(claims.misses(&uid("u-1")));
+    assert_eq!(claims.again(&uid("u-1")), [look]);
+    assert_eq!(claims.looked_in_vain(&one.key), [Effect::Create(one)]);
+}
+
 #[derive(Debug, Clone)]
 enum Step {
     Want(u32),
     Keep(u32),
     Release,
-    /// The cell carries out what it was asked.
+    /// The cell carries out what it was asked; its answers and what the watch tells are
+    /// on their way.
     Serve,
+    /// The next answer arrives.
+    Answer,
+    /// The watch tells the next change.
+    Tell,
     Bind,
     Relist,
     /// The claim is deleted by somebody else.
@@ -280,59 +374,108 @@ fn step() -> impl Strategy<Value = Step> {
         (1..4_u32).prop_map(Step::Keep),
         Just(Step::Release),
         Just(Step::Serve),
+        Just(Step::Answer),
+        Just(Step::Tell),
         Just(Step::Bind),
         Just(Step::Relist),
         Just(Step::Notice),
     ]
 }
 
+fn at(mut pod: Pod, version: u64) -> Pod {
+    pod.metadata.resource_version = Some(version.to_string());
+    pod
+}
+
+enum Answer {
+    Found(Pod),
+    Absent(SandboxKey),
+    Exists(SandboxKey),
+}
+
+/// A cell whose watch and whose answers come when they come, each in order.
+#[derive(Default)]
+struct LateCell {
+    version: u64,
+    pods: BTreeMap<SandboxKey, Pod>,
+    /// Whether it is there, and how it is or was.
+    changes: VecDeque<(bool, Pod)>,
+    answers: VecDeque<Answer>,
+}
+
+impl LateCell {
+    fn put(&mut self, key: &SandboxKey, pod: Pod) -> Pod {
+        self.version += 1;
+        let pod = at(pod, self.version);
+        self.pods.insert(key.clone(), pod.clone());
+        self.changes.push_back((true, pod.clone()));
+        pod
+    }
+
+    fn remove(&mut self, key: &SandboxKey) {
+        if let Some(pod) = self.pods.remove(key) {
+            self.version += 1;
+            self.changes.push_back((false, at(pod, self.version)));
+        }
+    }
+
+    fn serve(&mut self, effect: Effect) {
+        match effect {
+            Effect::Create(claim) if self.pods.contains_key(&claim.key) => {
+                self.answers.push_back(Answer::Exists(claim.key.clone()));
+            }
+            Effect::Create(claim) => {
+                let pod = self.put(&claim.key, created(&claim));
+                self.answers.push_back(Answer::Found(pod));
+            }
+            Effect::Delete(key) => self.remove(&key),
+            Effect::Look(key) => self.answers.push_back(match self.pods.get(&key) {
+                Some(pod) => Answer::Found(pod.clone()),
+                None => Answer::Absent(key),
+            }),
+            _ => {}
+        }
+    }
+
+    fn answer(&mut self, claims: &mut Claims) -> Option<Vec<Effect>> {
+        Some(match self.answers.pop_front()? {
+            Answer::Found(pod) => claims.answered(&pod),
+            Answer::Absent(key) => claims.looked_in_vain(&key),
+            Answer::Exists(key) => claims.exists(&key),
+        })
+    }
+
+    fn tell(&mut self, claims: &mut Claims) -> Option<Vec<Effect>> {
+        let (there, pod) = self.changes.pop_front()?;
+        Some(if there {
+            claims.seen(&pod)
+        } else {
+            claims.deleted(&pod)
+        })
+    }
+}
+
 proptest! {
-    /// Whatever drivers say and the cell does, once it has served all that was asked
-    /// there is the one claim that is wanted or kept, and no other.
+    #![proptest_config(ProptestConfig::with_cases(1024))]
+
+    /// Whatever drivers say and the cell does, and however late its answers are behind
+    /// its watch, once all has arrived there is the one claim that is wanted or kept,
+    /// and no other, and what is known is what there is.
     #[test]
     fn in_the_end_there_is_the_claim_that_is_wanted_and_no_other(
-        steps in proptest::collection::vec(step(), 1..40)
+        steps in proptest::collection::vec(step(), 1..60)
     ) {
         let mut claims = listed(&[]);
-        let mut cell: BTreeMap<SandboxKey, Pod> = BTreeMap::new();
+        let mut cell = LateCell::default();
         let mut asked: Vec<Effect> = vec![];
         let pod = uid("u-1");
-        let answered = std::cell::Cell::new(false);
-        let serve = |claims: &mut Claims, cell: &mut BTreeMap<SandboxKey, Pod>, asked: &mut Vec<Effect>| {
-            while let Some(effect) = asked.pop() {
-                let more = match effect {
-                    Effect::Create(claim) => match cell.get(&claim.key) {
-                        Some(_) => claims.exists(&claim.key),
-                        None => {
-                            cell.insert(claim.key.clone(), created(&claim));
-                            claims.seen(&created(&claim))
-                        }
-                    },
-                    Effect::Delete(key) => match cell.remove(&key) {
-                        Some(pod) => claims.deleted(&pod),
-                        None => vec![],
-                    },
-                    Effect::Look(key) => match cell.get(&key) {
-                        Some(pod) => claims.seen(pod),
-                        None => claims.looked_in_vain(&key),
-                    },
-                    Effect::Lost(_) | Effect::Room(..) => {
-                        answered.set(true);
-                        vec![]
-                    }
-                    _ => vec![],
-                };
-                asked.extend(more);
-            }
-        };
+        let mut answered = false;
         let mut last = None;
         for step in steps {
             let effects = match step {
                 Step::Want(number) => {
                     last = Some((number, true));
-                    // Of the want before it.
-                    asked.retain(|effect| !matches!(effect, Effect::Lost(_) | Effect::Room(..)));
-                    answered.set(false);
+                    answered = false;
                     claims.want(claim("u-1", number))
                 }
                 Step::Keep(number) => {
@@ -344,57 +487,78 @@ proptest! {
                     claims.release(&pod)
                 }
                 Step::Serve => {
-                    serve(&mut claims, &mut cell, &mut asked);
+                    asked.drain(..).for_each(|effect| cell.serve(effect));
                     vec![]
                 }
+                Step::Answer => cell.answer(&mut claims).unwrap_or_default(),
+                Step::Tell => cell.tell(&mut claims).unwrap_or_default(),
                 Step::Bind => {
-                    let mut effects = vec![];
-                    for (key, pod) in &mut cell {
-                        *pod = told(&claim("u-1", key.attempt.get()), "host-a");
-                        effects.extend(claims.seen(pod));
+                    for key in cell.pods.keys().cloned().collect::<Vec<_>>() {
+                        cell.put(&key, told(&claim("u-1", key.attempt.get()), "host-a"));
                     }
-                    effects
+                    vec![]
                 }
                 Step::Relist => {
+                    cell.changes.clear();
                     claims.begin_listing();
-                    let mut effects: Vec<Effect> = cell.values().flat_map(|pod| claims.seen(pod)).collect();
+                    let listed: Vec<Pod> = cell.pods.values().cloned().collect();
+                    // One answer may come in the middle of it.
+                    let mut effects = cell.answer(&mut claims).unwrap_or_default();
+                    effects.extend(listed.iter().flat_map(|pod| claims.seen(pod)));
                     effects.extend(claims.end_listing());
                     effects
                 }
                 Step::Notice => {
-                    let gone = std::mem::take(&mut cell);
-                    gone.values().flat_map(|pod| claims.deleted(pod)).collect()
+                    for key in cell.pods.keys().cloned().collect::<Vec<_>>() {
+                        cell.remove(&key);
+                    }
+                    vec![]
                 }
             };
             // Room is only ever given for the attempt that is wanted.
             for effect in &effects {
-                if let Effect::Room(..) = effect {
+                if let Effect::Room(..) | Effect::Lost(_) = effect {
                     prop_assert!(matches!(last, Some((_, true))));
+                    answered = true;
                 }
             }
             asked.extend(effects);
         }
-        serve(&mut claims, &mut cell, &mut asked);
-        claims.begin_listing();
-        let effects: Vec<Effect> = cell.values().flat_map(|pod| claims.seen(pod)).collect();
-        asked.extend(effects);
-        asked.extend(claims.end_listing());
-        asked.extend(claims.orphans());
-        let orphaned = asked.iter().any(|e| matches!(e, Effect::LookForPod { .. }));
-        if orphaned {
-            asked.extend(claims.orphaned(&pod));
+        // Everything arrives, the answers behind the watch.
+        for round in 0.. {
+            prop_assert!(round < 100, "it never settles: {claims:?}");
+            asked.drain(..).for_each(|effect| cell.serve(effect));
+            while let Some(effects) = cell.tell(&mut claims) {
+                asked.extend(effects);
+            }
+            while let Some(effects) = cell.answer(&mut claims) {
+                asked.extend(effects);
+            }
+            for effect in claims.orphans() {
+                match effect {
+                    Effect::LookForPod { .. } => asked.extend(claims.orphaned(&pod)),
+                    effect => asked.push(effect),
+                }
+            }
+            let over = |effect: &Effect| matches!(effect, Effect::Room(..) | Effect::Lost(_));
+            answered |= asked.iter().any(over);
+            let quiet = |effect: &Effect| over(effect) || matches!(effect, Effect::Tell(..));
+            if asked.iter().all(quiet) && cell.changes.is_empty() {
+                break;
+            }
         }
-        serve(&mut claims, &mut cell, &mut asked);
-        let left: Vec<u32> = cell.keys().map(|key| key.attempt.get()).collect();
+        let left: Vec<u32> = cell.pods.keys().map(|key| key.attempt.get()).collect();
         match last {
             // Once it was answered the driver goes on: with the next attempt if it was
             // lost, to the host if it got room, which takes nothing without a claim.
             Some((number, true)) => prop_assert!(
-                left == [number] || answered.get() && left.is_empty(),
+                left == [number] || answered && left.is_empty(),
                 "{:?}", left
             ),
             Some((number, false)) => prop_assert!(left.iter().all(|n| *n == number), "{:?}", left),
             None => prop_assert!(left.is_empty(), "{:?}", left),
         }
+        let known: Vec<SandboxKey> = claims.keys();
+        prop_assert_eq!(known, cell.pods.keys().cloned().collect::<Vec<_>>());
     }
 }

@@ -141,7 +141,10 @@ async fn a_pod_whose_host_is_gone_with_its_claim_starts_elsewhere_and_not_before
     world.a.set_reachable(false);
     world.let_pass(Duration::from_secs(600)).await;
     assert_eq!(world.claims(), ["u-1-1"]);
-    // The cell lets the claim go with the host's Node.
+    // The cell lets the claim go with the host's Node; the read that is to settle that
+    // fails more than once.
+    let cell = world.cell.as_ref().unwrap();
+    cell.fault(Method::GET, "/pods/u-1-1", Fate::Status(500), 2);
     world.lose_claim("u-1-1");
     world.until_claims(&["u-1-2"]).await;
     world.bind("u-1-2", "host-b");
