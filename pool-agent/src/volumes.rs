@@ -169,12 +169,13 @@ fn make_empty(
     let name = volume.name.as_str();
     let parent = Directory::ensure(path.parent().unwrap_or(&path)).map_err(at("making", &path))?;
     if empty.memory {
-        let on = parent
-            .make_or_open(name, Owned::ours(0o700))
-            .map_err(at("making", &path))?;
+        // Mounted by an agent that died before it went on: opening it would cross into it.
         if mounts::is_mount_point(&path) {
             return Ok(());
         }
+        let on = parent
+            .make_or_open(name, Owned::ours(0o700))
+            .map_err(at("making", &path))?;
         let bytes = [empty.size_limit_bytes, memory_limit(spec)]
             .into_iter()
             .flatten()
