@@ -127,7 +127,7 @@ pub enum OpenControlError {
     Roots(#[source] InvalidRoots),
     #[error("the host's certificate and key cannot be used")]
     Credentials(#[source] rustls::Error),
-    #[error("the control plane's address {address:?} cannot be used")]
+    #[error("the address {address:?} cannot be used")]
     Address {
         address: String,
         #[source]
@@ -167,21 +167,39 @@ impl Reach {
     }
 }
 
-/// A channel that dials when it is first used, and again after a break.
+/// A channel to the tenant's control plane, where the host may dial.
 pub(crate) fn connect(
     tenant: &Tenant,
     tls: &Arc<PoolTls>,
     reach: Reach,
 ) -> Result<Channel, OpenControlError> {
-    let virtual_node = PeerId {
+    let virtual_node = Peer::VirtualNode(tenant.id.clone());
+    dialled(&tenant.mesh_control.address, virtual_node, tls, Some(reach))
+}
+
+/// A channel to one peer of the pool, at the `HOST:PORT` that the operator says. Whoever
+/// else answers there is not spoken to.
+pub fn channel(address: &str, peer: Peer, tls: &Arc<PoolTls>) -> Result<Channel, OpenControlError> {
+    dialled(address, peer, tls, None)
+}
+
+/// A channel that dials when it is first used, and again after a break; anywhere, if it
+/// has no `reach`.
+fn dialled(
+    address: &str,
+    peer: Peer,
+    tls: &Arc<PoolTls>,
+    reach: Option<Reach>,
+) -> Result<Channel, OpenControlError> {
+    let peer = PeerId {
         trust_domain: tls.trust_domain.clone(),
-        peer: Peer::VirtualNode(tenant.id.clone()),
+        peer,
     };
     // Credentials that cannot be used are told here, not at the first call.
-    tls.client_config(&virtual_node)?;
-    let dialled = Arc::new((tls.clone(), virtual_node, reach));
+    tls.client_config(&peer)?;
+    let dialled = Arc::new((tls.clone(), peer, reach));
 
-    let address: Arc<str> = tenant.mesh_control.address.as_str().into();
+    let address: Arc<str> = address.into();
     // The scheme is for tonic's eyes; the TLS is made by the connector below.
     let endpoint =
         Endpoint::from_shared(format!("http://{address}")).map_err(|source| OpenControlError::Address {
@@ -191,11 +209,14 @@ pub(crate) fn connect(
     let connect = tower::service_fn(move |_: http::Uri| {
         let (address, dialled) = (address.clone(), dialled.clone());
         async move {
-            let (tls, virtual_node, reach) = &*dialled;
-            let config = tls.client_config(virtual_node).map_err(io::Error::other)?;
-            let tcp = reach.dial(&address).await?;
+            let (tls, peer, reach) = &*dialled;
+            let config = tls.client_config(peer).map_err(io::Error::other)?;
+            let tcp = match reach {
+                Some(reach) => reach.dial(&address).await?,
+                None => TcpStream::connect(&*address).await?,
+            };
             tcp.set_nodelay(true)?;
-            let name = ServerName::try_from("virtual-node").map_err(io::Error::other)?;
+            let name = ServerName::try_from("peer").map_err(io::Error::other)?;
             let connector = tokio_rustls::TlsConnector::from(Arc::new(config));
             let stream = connector.connect(name, tcp).await?;
             Ok::<_, io::Error>(TokioIo::new(stream))

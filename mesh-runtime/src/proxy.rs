@@ -53,7 +53,7 @@ use crate::{
     policy::{Facts, Verdict},
     redirect::{GATEWAY, Listeners},
     state::{self, Workload},
-    telemetry::{Metrics, Party},
+    telemetry::{Carried, Metrics, Party},
     xds::{self, Subscriber, Subscriptions},
 };
 use copy::Patience;
@@ -250,10 +250,12 @@ impl TenantProxy {
     /// Idempotent. To be called before the pod's first packet is redirected:
     /// the connection of a pod that is not known here is reset.
     ///
-    /// The state of its certificate is in the answer; None for an unmeshed pod.
+    /// Its bytes are counted in `carried`. The state of its certificate is in the answer;
+    /// None for an unmeshed pod.
     pub fn add_pod(
         &self,
         pod: PodRecord,
+        carried: Arc<Carried>,
     ) -> Result<Option<watch::Receiver<CertificateState>>, InvalidIdentity> {
         let mesh = &self.mesh;
         let key = pod.key.clone();
@@ -277,6 +279,7 @@ impl TenantProxy {
                 ),
                 shares,
                 live,
+                carried,
                 record: pod,
             })
         })?;

@@ -39,7 +39,7 @@ use crate::{
     off_limits::OffLimits,
     pod::PodRecord,
     redirect::{Device, RouterError},
-    telemetry::Metrics,
+    telemetry::{Carried, Metrics},
 };
 
 /// What holds for the whole host.
@@ -73,11 +73,18 @@ pub struct PodAttachment {
 pub struct Attachment {
     key: SandboxKey,
     state: watch::Receiver<AttachmentState>,
+    carried: Arc<Carried>,
 }
 
 impl Attachment {
     pub fn key(&self) -> &SandboxKey {
         &self.key
+    }
+
+    /// What the mesh carried for the pod. Counts on while connections drain, and stays
+    /// readable when the pod is detached.
+    pub fn carried(&self) -> Arc<Carried> {
+        self.carried.clone()
     }
 
     /// How far it is. No container may start before it is `Serving`. Closed
@@ -145,6 +152,7 @@ struct Attached {
 
 struct Entry {
     wanted: PodAttachment,
+    carried: Arc<Carried>,
     drain: mpsc::Sender<Drain>,
     state: watch::Receiver<AttachmentState>,
 }
@@ -232,6 +240,7 @@ impl MeshRuntime {
                     Attachment {
                         key: key.clone(),
                         state: entry.state.clone(),
+                        carried: entry.carried.clone(),
                     },
                     None,
                 ));
@@ -256,6 +265,7 @@ impl MeshRuntime {
             let attachment = Attachment {
                 key: key.clone(),
                 state: entry.state.clone(),
+                carried: entry.carried.clone(),
             };
             entries.insert(key.clone(), entry);
             Ok((attachment, Some(attached)))

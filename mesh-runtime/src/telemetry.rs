@@ -3,9 +3,11 @@
 //! exposes it. Nothing here waits: what can't be written at once is counted.
 
 mod access;
+mod carried;
 mod traffic;
 
 pub use access::{Access, Direction};
+pub use carried::{Carried, Side};
 pub use traffic::{Flag, Labels, Party, Reporter, Security, Series};
 
 use std::{
@@ -201,6 +203,8 @@ pub struct Flow {
     /// From client to server, and back.
     received: AtomicU64,
     sent: AtomicU64,
+    /// The pod of this host whose connection it is, and which end of it the pod is.
+    account: Option<(Arc<Carried>, Side)>,
     access: Option<Box<Access>>,
     end: End,
 }
@@ -223,6 +227,7 @@ impl Flow {
             opened,
             received: AtomicU64::new(0),
             sent: AtomicU64::new(0),
+            account: None,
             access: Some(Box::new(access)),
             end: End {
                 flag: Flag::None,
@@ -231,14 +236,26 @@ impl Flow {
         }
     }
 
+    /// Its bytes are also counted as that pod's.
+    pub(crate) fn on_account_of(mut self, pod: &Arc<Carried>, side: Side) -> Self {
+        self.account = Some((pod.clone(), side));
+        self
+    }
+
     /// Bytes that came from the client.
     pub fn received(&self, bytes: usize) {
+        if let Some((pod, side)) = &self.account {
+            pod.by_client(*side, bytes as u64);
+        }
         self.received.fetch_add(bytes as u64, Ordering::Relaxed);
         self.series.received.inc_by(bytes as u64);
     }
 
     /// Bytes that went back to it.
     pub fn sent(&self, bytes: usize) {
+        if let Some((pod, side)) = &self.account {
+            pod.by_server(*side, bytes as u64);
+        }
         self.sent.fetch_add(bytes as u64, Ordering::Relaxed);
         self.series.sent.inc_by(bytes as u64);
     }

@@ -2,7 +2,7 @@
 //! has to be installed first.
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["pool.proto"];
+    let files = ["pool.proto", "usage.proto"];
     let descriptors = protox::compile(files, ["proto"])?;
     for file in files {
         println!("cargo::rerun-if-changed=proto/{file}");

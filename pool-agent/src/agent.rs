@@ -12,10 +12,11 @@ use std::{
 use bounds::Bounds;
 use certificates::member::MemberError;
 use mesh_runtime::{
-    control::{InvalidPoolTls, PoolTls},
+    control::{InvalidPoolTls, OpenControlError, PoolTls},
     runtime::{Config as MeshConfig, MeshRuntime},
 };
 use pool_agent_api::{Invalid, Resources, wire::pool_agent_server::PoolAgentServer};
+use pool_usage::account::Place;
 use prometheus_client::registry::Registry;
 use tokio::{
     net::TcpListener,
@@ -43,6 +44,7 @@ use crate::{
     policy::bounds::InvalidBounds,
     sandbox::{clock::Clock, perform::Workshop},
     service::{Calls, Facts, MAX_MESSAGE, Service, goarch, tls},
+    usage::Meter,
 };
 
 /// How long calls may go on once the agent is told to stop.
@@ -96,6 +98,8 @@ pub enum AgentError {
     Descriptors(#[source] std::io::Error),
     #[error("policy.bounds")]
     Bounds(#[from] InvalidBounds),
+    #[error("metering usage")]
+    Usage(#[source] OpenControlError),
     #[error(transparent)]
     Cni(#[from] ListenError),
     #[error("listening on {address}")]
@@ -134,12 +138,11 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         (None, None) => return Err(AgentError::NoTls),
     };
     let credentials = tls::Credentials::load(&tls)?;
-    let pool_tls = PoolTls::from_pem(
-        &credentials.pem.certificate,
-        &credentials.pem.key,
-        &credentials.pem.ca,
-        tls.trust_domain.clone(),
-    )?;
+    let own_tls = || {
+        let pem = &credentials.pem;
+        PoolTls::from_pem(&pem.certificate, &pem.key, &pem.ca, tls.trust_domain.clone())
+    };
+    let pool_tls = own_tls()?;
     let room = config.policy.room.of(config.capacity, task_slots())?;
     let (ledger, contents) = Ledger::open(&layout.ledger())?;
     let clock = Clock::start();
@@ -192,6 +195,34 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     )
     .await
     .map_err(AgentError::Images)?;
+    let usage = match &config.usage {
+        Some(settings) => {
+            let of_cell = |f: fn(&cell::Settings) -> &Option<String>| {
+                config
+                    .cell
+                    .as_ref()
+                    .and_then(|cell| f(cell).clone())
+                    .unwrap_or_default()
+            };
+            let place = Place {
+                class: of_cell(|cell| &cell.class),
+                zone: of_cell(|cell| &cell.zone),
+            };
+            let boot_id = boot_id();
+            let (cgroups, spool) = (cgroups.clone(), layout.usage());
+            let meter = Meter::start(
+                settings,
+                place,
+                &boot_id,
+                cgroups,
+                &spool,
+                own_tls()?,
+                &mut registry,
+            );
+            meter.map_err(AgentError::Usage)?
+        }
+        None => Meter::off(),
+    };
     let desk = Desk::default();
     let shop = Arc::new(Workshop {
         host: config.name.clone(),
@@ -211,6 +242,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         clock,
         files: config.policy.files,
         images,
+        usage,
     });
     // Before anything is taken over, so that no sandbox starts without us.
     let cni = cni::listen(&config.cni_socket)?;
@@ -313,6 +345,9 @@ async fn renew_towards_control_planes(host: Host, mut credentials: watch::Receiv
         if let Err(error) = host.shop().mesh.renew(&current.pem) {
             tracing::warn!(error = %error, "tenants' control planes are shown the old certificate");
         }
+        if let Err(error) = host.shop().usage.renew(&current.pem) {
+            tracing::warn!(error = %error, "the usage collector is shown the old certificate");
+        }
     }
 }
 
@@ -341,13 +376,17 @@ async fn wait_for(runtime: &Runtime) -> Result<String, CriError> {
     }
 }
 
+/// A file of the kernel's or the system's, in one piece; empty if it cannot be read.
+fn read(path: &str) -> String {
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.trim().to_owned()
+}
+
+fn boot_id() -> String {
+    read("/proc/sys/kernel/random/boot_id")
+}
+
 fn facts(runtime_version: String) -> Facts {
-    let read = |path: &str| {
-        std::fs::read_to_string(path)
-            .unwrap_or_default()
-            .trim()
-            .to_owned()
-    };
     let os_image = read("/etc/os-release")
         .lines()
         .find_map(|line| {
@@ -356,7 +395,7 @@ fn facts(runtime_version: String) -> Facts {
         })
         .unwrap_or_else(|| "Linux".into());
     Facts {
-        boot_id: read("/proc/sys/kernel/random/boot_id"),
+        boot_id: boot_id(),
         kernel_version: read("/proc/sys/kernel/osrelease"),
         os_image,
         runtime_version,

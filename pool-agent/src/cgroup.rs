@@ -210,6 +210,17 @@ impl Cgroups {
         })
     }
 
+    /// CPU time that a cgroup has used since it was made, with all that was ever below it;
+    /// None if it is gone.
+    pub fn cpu_nanos(&self, parent: &str) -> Option<u64> {
+        if !self.unified {
+            return number(&self.path_of(parent, "cpuacct.usage")?);
+        }
+        let stat = std::fs::read_to_string(self.path_of(parent, "cpu.stat")?).ok()?;
+        let micros = stat.lines().find_map(|line| line.strip_prefix("usage_usec "))?;
+        micros.trim().parse::<u64>().ok()?.checked_mul(1000)
+    }
+
     /// What all pods together are held to: as the kernel has it.
     pub fn limits(&self) -> Option<Limits> {
         let memory = match self.unified {

@@ -10,7 +10,7 @@ use ipnet::Ipv4Net;
 use pool_agent_api::{HostName, Resources};
 use serde::Deserialize;
 
-use crate::{cell, policy::Policy};
+use crate::{cell, policy::Policy, usage};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -57,6 +57,8 @@ pub struct Config {
     pub policy: Policy,
     /// The pool's cell; None: whatever a virtual node asks for has a claim.
     pub cell: Option<cell::Settings>,
+    /// Where what pods used is told; None: it is not metered.
+    pub usage: Option<usage::Settings>,
 }
 
 /// The pool's PKI, as PEM files.
@@ -99,6 +101,57 @@ struct File {
     #[serde(default)]
     policy: Policy,
     cell: Option<Cell>,
+    usage: Option<Usage>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Usage {
+    collector: String,
+    #[serde(default = "Usage::default_interval")]
+    interval_seconds: u64,
+    #[serde(default = "Usage::default_sample")]
+    sample_seconds: u64,
+    #[serde(default = "Usage::default_keep")]
+    keep_bytes: u64,
+}
+
+impl Usage {
+    /// Long enough to be few, and well within a minute with what a look takes.
+    fn default_interval() -> u64 {
+        45
+    }
+
+    fn default_sample() -> u64 {
+        10
+    }
+
+    fn default_keep() -> u64 {
+        256 << 20
+    }
+
+    fn checked(self) -> Result<usage::Settings, String> {
+        let (host, port) = self.collector.rsplit_once(':').unwrap_or_default();
+        if host.is_empty() || port.parse::<u16>().is_err() {
+            return Err("usage.collector: must be HOST:PORT".into());
+        }
+        if !(1..=10).contains(&self.sample_seconds) {
+            return Err("usage.sample_seconds: must be 1 to 10".into());
+        }
+        // With a sample's length, which it may overshoot by, it is a minute.
+        if !(self.sample_seconds..=50).contains(&self.interval_seconds) {
+            return Err("usage.interval_seconds: must be from sample_seconds to 50".into());
+        }
+        if self.keep_bytes < 1 << 20 {
+            return Err("usage.keep_bytes: must be at least 1048576".into());
+        }
+        Ok(usage::Settings {
+            collector: self.collector,
+            interval: Duration::from_secs(self.interval_seconds),
+            sample: Duration::from_secs(self.sample_seconds),
+            keep_bytes: self.keep_bytes,
+        })
+    }
 }
 
 #[derive(Deserialize)]
@@ -250,6 +303,7 @@ impl Config {
                     .into(),
             ));
         }
+        let usage = file.usage.map(Usage::checked).transpose().map_err(invalid)?;
         Ok(Self {
             name,
             address: file.address,
@@ -266,6 +320,7 @@ impl Config {
             capacity,
             policy: file.policy,
             cell,
+            usage,
         })
     }
 }
@@ -382,6 +437,35 @@ mod tests {
             assert!(error.contains(says), "{error}");
         }
         assert!(parse(&FILE.replace("uplink", "uplnk")).is_err());
+    }
+
+    #[test]
+    fn usage_is_metered_only_if_the_file_says_for_whom_and_at_least_once_a_minute() {
+        assert!(parse(FILE).unwrap().usage.is_none());
+        let usage = |text: &str| {
+            parse(&format!(
+                "{FILE}\n[usage]\ncollector = \"192.0.2.1:15020\"\n{text}"
+            ))
+        };
+        let settings = usage("").unwrap().usage.unwrap();
+        assert!(settings.interval + settings.sample <= Duration::from_secs(60));
+        for (text, says) in [
+            ("interval_seconds = 51", "usage.interval_seconds"),
+            ("interval_seconds = 5", "usage.interval_seconds"),
+            ("sample_seconds = 0", "usage.sample_seconds"),
+            ("sample_seconds = 11", "usage.sample_seconds"),
+            ("keep_bytes = 1", "usage.keep_bytes"),
+        ] {
+            let error = usage(text).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+        let nowhere = format!("{FILE}\n[usage]\ncollector = \"192.0.2.1\"");
+        assert!(
+            parse(&nowhere)
+                .unwrap_err()
+                .to_string()
+                .contains("usage.collector")
+        );
     }
 
     #[test]

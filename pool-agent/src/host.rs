@@ -527,6 +527,7 @@ impl Host {
             accepted_at,
             stop_by: None,
         };
+        let opened = entry.clone();
         let dirs = self.inner.shop.layout.sandbox(&key);
         let kept = tokio::task::spawn_blocking(move || spec_file::write(&dirs, spec))
             .await
@@ -557,6 +558,7 @@ impl Host {
             });
         }
         ends.durable.send_replace(Some(true));
+        self.inner.shop.usage.open(&opened);
         tracing::info!(
             pod.uid = %key.pod, attempt = %key.attempt, tenant = %slimmed.tenant,
             pod.namespace = %slimmed.namespace, pod.name = %slimmed.name, address = %address,
@@ -665,6 +667,7 @@ impl Host {
         let resident = self.resident(tenant, key)?;
         let now = self.inner.shop.clock.now();
         let by = after(now, grace);
+        self.inner.shop.usage.asked(key);
         tell(&resident, Command::Event(Event::Stop { grace })).await;
         let before = {
             let mut state = self.state();
@@ -716,6 +719,7 @@ impl Host {
     pub async fn forget(&self, tenant: &TenantId, key: &SandboxKey) -> Result<(), SandboxError> {
         match self.resident(tenant, key) {
             Ok(resident) => {
+                self.inner.shop.usage.asked(key);
                 end(resident).await;
                 Ok(())
             }
@@ -865,9 +869,14 @@ impl Host {
             state.admission.release(&key);
             state.user_ids.give_back(&key);
         }
+        let status = self.inner.board.status(&tenant, &key);
+        let usage = &self.inner.shop.usage;
+        usage.end(&key, status.as_ref().map_or("", |status| &status.reason));
         if progress.wait_for(|p| p.gone).await.is_err() {
             return;
         }
+        // Once its end is in the ledger, no later agent looks for its account.
+        usage.settle().await;
         while let Err(error) = self
             .inner
             .ledger
@@ -878,6 +887,7 @@ impl Host {
             tracing::error!(error = %error, "the end of a sandbox cannot be recorded");
             tokio::time::sleep(Duration::from_secs(5)).await;
         }
+        usage.forget(&key);
         {
             let mut state = self.state();
             state.admission.end(&tenant, &key);

@@ -5,6 +5,7 @@
 //! state_dir/cell/                         this host's identity in the cell (0600)
 //! state_dir/ledger                        what was admitted and what ended
 //! state_dir/images/                       who may use which image
+//! state_dir/usage/                        what pods used, until the collector has it
 //! state_dir/sandboxes/<uid>-<attempt>/    logs/<container>/<restart>.log, volumes/<name>
 //! run_dir/sandboxes/<uid>-<attempt>/      spec (0600), status, subpaths/
 //!     given/ (tmpfs)                      hosts, hostname, resolv.conf, messages/
@@ -40,6 +41,10 @@ impl Layout {
 
     pub fn images(&self) -> PathBuf {
         self.state.join("images")
+    }
+
+    pub fn usage(&self) -> PathBuf {
+        self.state.join("usage")
     }
 
     pub fn cell(&self) -> PathBuf {

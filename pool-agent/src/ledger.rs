@@ -359,7 +359,8 @@ fn answer(commit: Commit, result: Result<(), LedgerError>) {
     }
 }
 
-fn checksum(json: &str) -> String {
+/// Of a line.
+pub(crate) fn checksum(json: &str) -> String {
     let digest = Sha256::digest(json.as_bytes());
     digest[..8].iter().map(|byte| format!("{byte:02x}")).collect()
 }

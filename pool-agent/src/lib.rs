@@ -12,6 +12,7 @@
 //!  containerd ──CNI shim──▶ cni ◀── expected by ─────────────────────────────┤
 //!  containerd ◀──── cri ◀────────────────────────────────────────────────────┤
 //!  kernel ◀── network, volumes, cgroup ◀─────────────────────────────────────┤
+//!  operator's collector ◀── usage ◀─ what host and perform tell, cgroups ────┤
 //!  mesh-runtime ◀── attachment ◀─────────────────────────────────────────────┘
 //! ```
 //!
@@ -47,5 +48,6 @@ pub mod probes;
 pub mod sandbox;
 pub mod service;
 pub mod spec_file;
+pub mod usage;
 pub mod user_ids;
 pub mod volumes;

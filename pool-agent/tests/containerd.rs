@@ -25,6 +25,7 @@ mod containerd {
     pub(crate) mod privilege;
     pub(crate) mod probes;
     pub(crate) mod room;
+    pub(crate) mod usage;
     pub(crate) mod volumes;
 }
 
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         containerd::privilege::tests(),
         containerd::privilege::alone(),
         containerd::images::tests_alone(),
+        containerd::usage::tests(),
         containerd::faults::tests(),
     ];
     suite::run(modules.into_iter().flatten().collect())

@@ -194,7 +194,7 @@ impl PoolTls {
         let peer = who.check(leaf)?;
         match peer.peer {
             Peer::Host(name) => Ok(name),
-            Peer::VirtualNode(_) => Err(NotExpected::Peer {
+            Peer::VirtualNode(_) | Peer::UsageCollector => Err(NotExpected::Peer {
                 peer,
                 expected: Expected::AnyHost,
             }),
@@ -373,7 +373,7 @@ impl Who {
         let fits = match (&peer.peer, &self.expected) {
             (Peer::Host(_), Expected::AnyHost) => true,
             (Peer::Host(name), Expected::Host(expected)) => name == expected,
-            (Peer::VirtualNode(_), _) => false,
+            (Peer::VirtualNode(_) | Peer::UsageCollector, _) => false,
         };
         if fits {
             Ok(peer)

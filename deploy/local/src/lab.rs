@@ -35,6 +35,7 @@ use crate::{
     relay, supervisor,
     tool::ToolError,
     topology::{API_SERVER, API_SERVER_PORT, Topology, TopologyError, VIRTUAL_NODE},
+    usage,
 };
 
 /// What a lab is to be.
@@ -538,6 +539,11 @@ impl Site<'_> {
         let step = self.progress.step("Start the pool's hosts");
         let plugin = self.programs.program("spindrift-cni")?;
         let pki = PoolPki::open(self.layout).map_err(PoolError::from)?;
+        if extent == Extent::Whole {
+            usage::collector(self.layout, &self.topology.lab, &pki, self.programs)?
+                .start(self.layout, START)
+                .await?;
+        }
         let start = runtimes.iter().map(async |runtime| -> Result<(), LabError> {
             runtime.component(&plugin)?.start(self.layout, START).await?;
             runtime.import(images).await?;

@@ -36,6 +36,7 @@ pub mod status;
 pub mod supervisor;
 pub mod tool;
 pub mod topology;
+pub mod usage;
 
 pub use instance::{InstanceName, Layout};
 pub use lab::{Lab, Options};

@@ -18,6 +18,7 @@ use crate::{
     pki::{Authority, Credential, PkiError, Subject},
     registry,
     topology::{API_SERVER, API_SERVER_PORT, Host, POD_RANGE, REGISTRY, UNDERLAY, UPLINK},
+    usage,
 };
 
 pub const TRUST_DOMAIN: &str = "pool.spindrift";
@@ -105,6 +106,16 @@ impl PoolPki {
         Ok(self.tls(self.authority.credential(&format!("tenant-{tenant}"), &subject)?))
     }
 
+    pub fn usage_collector(&self) -> Result<PoolTls, PkiError> {
+        let subject = Subject {
+            common_name: usage::COMPONENT.into(),
+            addresses: vec![usage::ADDRESS.ip()],
+            uri: Some(format!("spiffe://{TRUST_DOMAIN}/usage-collector")),
+            ..Subject::default()
+        };
+        Ok(self.tls(self.authority.credential(usage::COMPONENT, &subject)?))
+    }
+
     fn tls(&self, credential: Credential) -> PoolTls {
         PoolTls {
             trust_domain: TRUST_DOMAIN.into(),
@@ -143,6 +154,15 @@ struct AgentConfig {
     policy: Policy,
     #[serde(skip_serializing_if = "Option::is_none")]
     cell: Option<Membership>,
+    usage: Usage,
+}
+
+/// Often enough that a test sees a record in no time.
+#[derive(Serialize)]
+struct Usage {
+    collector: SocketAddr,
+    interval_seconds: u64,
+    sample_seconds: u64,
 }
 
 /// What the lab's operator allows.
@@ -273,6 +293,11 @@ pub fn agent(
         },
         policy: Policy::of_lab(layout.host_cgroup(&host.name)),
         cell: bootstrap_kubeconfig.map(|bootstrap_kubeconfig| Membership { bootstrap_kubeconfig }),
+        usage: Usage {
+            collector: usage::ADDRESS,
+            interval_seconds: 4,
+            sample_seconds: 2,
+        },
     };
     for directory in [&config.state_dir, &config.run_dir, &config.bpffs] {
         std::fs::create_dir_all(directory).map_err(|source| PoolError::File {

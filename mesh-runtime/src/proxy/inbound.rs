@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     policy::Facts,
-    telemetry::{Access, Direction, Flow, Labels, Party, Reporter, Security},
+    telemetry::{Access, Direction, Flow, Labels, Party, Reporter, Security, Side},
 };
 
 /// Who wants to connect.
@@ -95,7 +95,7 @@ pub(crate) fn flow(mesh: &Mesh, pod: &LocalPod, client: &Client, target: SocketA
         destination_identity: pod.identity().cloned(),
         service: None,
     };
-    Flow::open(&mesh.metrics, labels, access, client.opened)
+    Flow::open(&mesh.metrics, labels, access, client.opened).on_account_of(&pod.carried, Side::Server)
 }
 
 /// Decides, now and (through the client's subject) whenever policies change.

@@ -46,7 +46,7 @@ use crate::{
     balance,
     limits::{self, Peer},
     state::{Mode, Reach, Service, ServiceKey, Snapshot, Workload},
-    telemetry::{Access, Direction, Flow, Labels, Party, Reporter, Security},
+    telemetry::{Access, Direction, Flow, Labels, Party, Reporter, Security, Side},
 };
 
 /// Endpoints of one Service that are tried for one connection.
@@ -471,7 +471,8 @@ impl Captured<'_> {
             destination_identity: expected,
             service: hop.service.as_ref().map(|s| s.key.hostname.clone()),
         };
-        Flow::open(&self.mesh.metrics, labels, access, self.opened)
+        let flow = Flow::open(&self.mesh.metrics, labels, access, self.opened);
+        flow.on_account_of(&self.pod.carried, Side::Client)
     }
 }
 

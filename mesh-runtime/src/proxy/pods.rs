@@ -11,7 +11,7 @@ use arc_swap::ArcSwap;
 use pool_agent_api::SandboxKey;
 
 use super::{hbone, live::Live};
-use crate::{identity::Lease, limits::PodShares, pod::PodRecord};
+use crate::{identity::Lease, limits::PodShares, pod::PodRecord, telemetry::Carried};
 
 /// A pod of this host, with what its connections share.
 pub(crate) struct LocalPod {
@@ -25,6 +25,8 @@ pub(crate) struct LocalPod {
     pub(crate) shares: Arc<PodShares>,
     pub(crate) tunnels: hbone::Pool,
     pub(crate) live: Arc<Live>,
+    /// Bytes from it and to it.
+    pub(crate) carried: Arc<Carried>,
 }
 
 #[derive(Default)]

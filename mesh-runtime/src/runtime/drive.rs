@@ -13,6 +13,7 @@ use super::{AttachError, Attached, Entry, PodAttachment, metrics::RuntimeMetrics
 use crate::{
     attachment::{Attachment, AttachmentState, Effect, Event},
     identity::CertificateState,
+    telemetry::Carried,
 };
 
 /// Orders to detach that wait for the task: the first one ends it, and whoever
@@ -29,6 +30,7 @@ pub(super) struct Drain {
 
 struct Task {
     wanted: PodAttachment,
+    carried: Arc<Carried>,
     tenant: Arc<OpenTenant>,
     attachment: Attachment,
     state: watch::Sender<AttachmentState>,
@@ -58,8 +60,10 @@ pub(super) fn start(
         pod.name = %pod.name,
         attempt = %pod.key.attempt,
     );
+    let carried = Arc::new(Carried::default());
     let entry = Entry {
         wanted: wanted.clone(),
+        carried: carried.clone(),
         drain,
         state: state_receiver,
     };
@@ -68,6 +72,7 @@ pub(super) fn start(
     metrics.changed(None, Some(AttachmentState::Detached));
     let task = Task {
         wanted,
+        carried,
         tenant,
         attachment: Attachment::new(mode),
         state,
@@ -112,14 +117,14 @@ impl Task {
         for effect in self.take(Event::Attach) {
             match effect {
                 Effect::AddToProxy => {
-                    self.certificate =
-                        self.tenant
-                            .proxy
-                            .add_pod(self.wanted.pod.clone())
-                            .map_err(|source| AttachError::Identity {
-                                key: key.clone(),
-                                source,
-                            })?;
+                    self.certificate = self
+                        .tenant
+                        .proxy
+                        .add_pod(self.wanted.pod.clone(), self.carried.clone())
+                        .map_err(|source| AttachError::Identity {
+                            key: key.clone(),
+                            source,
+                        })?;
                 }
                 Effect::Redirect => {
                     self.tenant

@@ -42,6 +42,20 @@ fn exposed(registry: &Registry) -> String {
 }
 
 #[test]
+fn a_connections_bytes_are_its_pods_by_the_way_they_went() {
+    let metrics = Arc::new(Metrics::register(&mut Registry::default()));
+    let (client, server) = (Arc::new(Carried::default()), Arc::new(Carried::default()));
+    for (pod, side) in [(&client, Side::Client), (&server, Side::Server)] {
+        let flow = Flow::open(&metrics, labels("web"), access(), Instant::now()).on_account_of(pod, side);
+        flow.received(100);
+        flow.sent(20);
+        flow.succeed();
+    }
+    assert_eq!((client.sent(), client.received()), (100, 20));
+    assert_eq!((server.sent(), server.received()), (20, 100));
+}
+
+#[test]
 fn a_connection_is_counted_under_istios_names_and_labels() {
     let mut registry = Registry::default();
     let metrics = Arc::new(Metrics::register(&mut registry));

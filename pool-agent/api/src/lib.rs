@@ -3,6 +3,7 @@
 //! `proto/pool.proto` is the wire; this crate parses it, once, into types that
 //! cannot hold an invalid value. `virtual-node` builds a [`SandboxSpec`] from a
 //! Pod, `pool-agent` receives one; both report and read a [`SandboxStatus`].
+//! `proto/usage.proto` is between a host and the operator's collector of usage.
 //! Nothing here does I/O or reads a clock.
 //!
 //! What always holds:
@@ -37,4 +38,10 @@ pub use tenant::Tenant;
 #[allow(unreachable_pub, clippy::all)]
 pub mod wire {
     tonic::include_proto!("spindrift.pool.v1");
+}
+
+/// The generated messages, client and server of `spindrift.usage.v1`.
+#[allow(unreachable_pub, clippy::all)]
+pub mod usage_wire {
+    tonic::include_proto!("spindrift.usage.v1");
 }

@@ -5,7 +5,8 @@ use std::{fmt, str::FromStr};
 
 use crate::{HostName, Invalid, TenantId};
 
-/// `spiffe://<pool trust domain>/host/<name>` or `…/tenant/<id>/virtual-node`.
+/// `spiffe://<pool trust domain>/host/<name>`, `…/tenant/<id>/virtual-node` or
+/// `…/usage-collector`.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PeerId {
     pub trust_domain: String,
@@ -18,6 +19,8 @@ pub enum Peer {
     Host(HostName),
     /// The virtual node of a tenant.
     VirtualNode(TenantId),
+    /// Who takes the hosts' usage records, for the pool's operator.
+    UsageCollector,
 }
 
 impl FromStr for PeerId {
@@ -28,7 +31,8 @@ impl FromStr for PeerId {
             Invalid::new(
                 "certificate URI",
                 format_args!(
-                    "{uri:?} is neither spiffe://DOMAIN/host/NAME nor spiffe://DOMAIN/tenant/ID/virtual-node"
+                    "{uri:?} is none of spiffe://DOMAIN/host/NAME, spiffe://DOMAIN/tenant/ID/virtual-node and \
+                     spiffe://DOMAIN/usage-collector"
                 ),
             )
         };
@@ -46,6 +50,7 @@ impl FromStr for PeerId {
             (Some("tenant"), Some(id), Some("virtual-node"), None) => {
                 Peer::VirtualNode(TenantId::parse("certificate URI: tenant", id)?)
             }
+            (Some("usage-collector"), None, None, None) => Peer::UsageCollector,
             _ => return Err(shape()),
         };
         Ok(Self { trust_domain, peer })
@@ -59,6 +64,7 @@ impl fmt::Display for PeerId {
             Peer::VirtualNode(tenant) => {
                 write!(f, "spiffe://{}/tenant/{tenant}/virtual-node", self.trust_domain)
             }
+            Peer::UsageCollector => write!(f, "spiffe://{}/usage-collector", self.trust_domain),
         }
     }
 }
@@ -72,6 +78,7 @@ mod tests {
         for uri in [
             "spiffe://pool.example/host/host-a",
             "spiffe://pool/tenant/acme/virtual-node",
+            "spiffe://pool/usage-collector",
         ] {
             assert_eq!(uri.parse::<PeerId>().unwrap().to_string(), uri);
         }
@@ -87,6 +94,7 @@ mod tests {
             "spiffe://pool/host/a/b",
             "spiffe://pool/tenant/acme",
             "spiffe://pool/tenant/acme/virtual-node/x",
+            "spiffe://pool/usage-collector/x",
             "spiffe://pool/ns/a/sa/b",
             "https://pool/host/a",
         ] {

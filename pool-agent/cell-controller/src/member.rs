@@ -20,7 +20,7 @@ use crate::request;
 pub fn host(request: &CertificateSigningRequest) -> Option<HostName> {
     match member(request)? {
         Peer::Host(host) => Some(host),
-        Peer::VirtualNode(_) => None,
+        Peer::VirtualNode(_) | Peer::UsageCollector => None,
     }
 }
 

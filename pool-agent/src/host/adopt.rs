@@ -165,6 +165,7 @@ impl Host {
             // Its virtual node configures it again when it connects, which tells it more.
             tracing::error!(tenant = %tenant, error, "a tenant of the ledger cannot be opened: its pods are lost");
         }
+        host.inner.shop.usage.adopt(contents.admitted.values());
         host.sweep(&contents.admitted, &mut there).await;
 
         // Admission counts in the order in which things happened.
@@ -432,6 +433,7 @@ impl Host {
                 tokio::time::sleep(AGAIN).await;
             }
         }
+        shop.usage.settle().await;
         let cgroups = shop.cgroups.clone();
         let key = entry.key.clone();
         let removed = tokio::task::spawn_blocking(move || remove_cgroups(&cgroups, &key));

@@ -51,6 +51,7 @@ use crate::{
     policy::{self, room::HostRoom},
     probes::{self, Dialler, Prober, Vantage},
     spec_file,
+    usage::Meter,
     user_ids::IdRange,
     volumes,
 };
@@ -88,6 +89,8 @@ pub struct Workshop {
     /// What a pod may have the host hold for it.
     pub files: policy::files::Files,
     pub images: Images,
+    /// Told what pods use.
+    pub usage: Meter,
 }
 
 pub struct Hands {
@@ -250,6 +253,7 @@ impl Hands {
 
     async fn attach(&self, device: &crate::network::PodDevice) -> Result<Attachment, AttachError> {
         let attachment = self.shop.mesh.attach(&self.spec, device).await?;
+        self.shop.usage.carried(self.key(), attachment.carried());
         let mut state = attachment.state();
         let mesh = self.mesh.clone();
         mesh.send_replace(reported(*state.borrow_and_update()));
@@ -349,6 +353,8 @@ impl Hands {
         self.remove_sandboxes()
             .await
             .map_err(|e| Trouble::new("FailedKillPod", e))?;
+        // What it counted goes with it.
+        self.shop.usage.settle().await;
         let cgroups = self.shop.cgroups.clone();
         let parent = self.cgroup();
         blocking(move || cgroups.remove(&parent))

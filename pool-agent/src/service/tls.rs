@@ -297,7 +297,7 @@ fn tenant_of(certificate: &CertificateDer<'_>, trust_domain: &str) -> Result<Ten
     }
     match peer.peer {
         Peer::VirtualNode(tenant) => Ok(tenant),
-        Peer::Host(_) => Err(Stranger::Role(peer)),
+        Peer::Host(_) | Peer::UsageCollector => Err(Stranger::Role(peer)),
     }
 }
 

@@ -35,6 +35,7 @@ use spindrift_local::{
     registry,
     tool::Tool,
     topology::{CLUSTER_DNS, POD_RANGE, Topology, VIRTUAL_NODE},
+    usage,
 };
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
@@ -57,6 +58,7 @@ fn instance() -> InstanceName {
 pub(super) struct Tenant {
     pub(super) name: &'static str,
     control: SocketAddr,
+    own: PoolTls,
     client: PoolAgentClient<Channel>,
     pub(super) seen: Arc<Seen>,
 }
@@ -102,6 +104,9 @@ impl Host {
             .await?;
         runtime.import(&images).await?;
         let pki = PoolPki::open(&layout)?;
+        usage::collector(&layout, &topology.lab, &pki, &programs)?
+            .start(&layout, START)
+            .await?;
         pool::agent(&layout, &runtime, &pki, &programs, None)?
             .start(&layout, START)
             .await?;
@@ -279,6 +284,29 @@ impl Host {
         Ok(())
     }
 
+    fn collector(&self) -> anyhow::Result<Component> {
+        Ok(Component::find(&self.layout, usage::COMPONENT)?)
+    }
+
+    pub(super) async fn kill_collector(&self) -> anyhow::Result<()> {
+        Ok(self.collector()?.kill(&self.layout).await?)
+    }
+
+    pub(super) async fn start_collector(&self) -> anyhow::Result<()> {
+        self.collector()?.start(&self.layout, START).await?;
+        Ok(())
+    }
+
+    /// Where the collector's records are.
+    pub(super) fn usage(&self) -> PathBuf {
+        usage::directory(&self.layout)
+    }
+
+    /// The collector, called by a tenant.
+    pub(super) fn dial_collector_as(&self, tenant: &Tenant) -> anyhow::Result<Channel> {
+        dial(&self.topology.lab, usage::ADDRESS, &tenant.own)
+    }
+
     pub(super) async fn kill_containerd(&self) -> anyhow::Result<()> {
         Ok(self.containerd()?.kill(&self.layout).await?)
     }
@@ -396,10 +424,11 @@ impl Tenant {
         let own = pki.virtual_node(name)?;
         let control = SocketAddr::from((VIRTUAL_NODE, port));
         control::serve(&topology.lab, control, &own).await?;
-        let client = dial(&topology.lab, agent_address(&topology.hosts[0]), &own)?;
+        let client = PoolAgentClient::new(dial(&topology.lab, agent_address(&topology.hosts[0]), &own)?);
         let tenant = Self {
             name,
             control,
+            own,
             client,
             seen: Arc::new(Seen::new()),
         };
@@ -441,11 +470,7 @@ impl Tenant {
 }
 
 /// Dials from inside the namespace, and again after a break.
-fn dial(
-    namespace: &Namespace,
-    address: SocketAddr,
-    own: &PoolTls,
-) -> anyhow::Result<PoolAgentClient<Channel>> {
+fn dial(namespace: &Namespace, address: SocketAddr, own: &PoolTls) -> anyhow::Result<Channel> {
     let read = |path: &Path| std::fs::read(path).with_context(|| path.display().to_string());
     let tls = ClientTlsConfig::new()
         .ca_certificate(Certificate::from_pem(read(&own.ca)?))
@@ -464,9 +489,7 @@ fn dial(
             Ok::<_, std::io::Error>(TokioIo::new(tokio::net::TcpStream::from_std(stream)?))
         }
     });
-    Ok(PoolAgentClient::new(
-        endpoint.connect_with_connector_lazy(connector),
-    ))
+    Ok(endpoint.connect_with_connector_lazy(connector))
 }
 
 pub(super) async fn within<T>(what: &str, future: impl Future<Output = T>) -> anyhow::Result<T> {
