@@ -86,7 +86,8 @@ pub(crate) async fn unregister(client: Client, node: &str, uid: &str) -> Result<
 }
 
 /// Deletes what is left of the node's claims in the cell; how many there were. Their
-/// hosts end what runs for them.
+/// hosts end what runs for them, and then wait for a virtual node to forget it, which
+/// nobody does any more: a claim whose sandbox is over goes at once.
 pub(crate) async fn release_claims(cell: Client, namespace: &str, node: &str) -> Result<usize, Error> {
     let claims = Api::<Pod>::namespaced(cell, namespace);
     let all = answered(claims.list(&ListParams::default())).await?;
@@ -101,10 +102,17 @@ pub(crate) async fn release_claims(cell: Client, namespace: &str, node: &str) ->
             continue;
         }
         left += 1;
-        if claim.metadata.deletion_timestamp.is_some() {
+        let phase = claim.status.as_ref().and_then(|status| status.phase.as_deref());
+        let over = matches!(phase, Some("Succeeded" | "Failed"));
+        if claim.metadata.deletion_timestamp.is_some() && !over {
             continue;
         }
-        match answered(claims.delete(&claim.name_any(), &DeleteParams::default())).await {
+        let params = if over {
+            DeleteParams::default().grace_period(0)
+        } else {
+            DeleteParams::default()
+        };
+        match answered(claims.delete(&claim.name_any(), &params)).await {
             Err(Error::Api(refused)) if refused.code == 404 => {}
             deleted => drop(deleted?),
         }
