@@ -35,6 +35,9 @@ pub struct Settings {
     /// The pool has a cluster of its own, in which hosts are claimed.
     #[arg(long, env = "SPINDRIFT_TEST_CELL")]
     cell: bool,
+    /// The cell has no hosts but those that Karpenter brings.
+    #[arg(long, env = "SPINDRIFT_TEST_ELASTIC")]
+    elastic: bool,
     #[arg(long, env = "SPINDRIFT_CACHE")]
     cache: Option<PathBuf>,
     #[arg(long, env = "XDG_CACHE_HOME")]
@@ -50,6 +53,10 @@ impl Settings {
 
     pub fn cell(&self) -> bool {
         self.cell
+    }
+
+    pub fn elastic(&self) -> bool {
+        self.elastic
     }
 
     fn cache(&self) -> PathBuf {
@@ -130,6 +137,8 @@ impl Stage {
         let options = Options {
             registry: true,
             cell: self.settings.cell,
+            elastic: self.settings.elastic,
+            hosts: if self.settings.elastic { 0 } else { 2 },
             ..Options::for_tests(self.settings.instance.clone(), self.settings.cache())
         };
         let lab = Lab::up(&options, &progress).await?;

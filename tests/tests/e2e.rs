@@ -4,7 +4,8 @@
 //! A test is an `async fn(&Scope) -> Result`, named by the sentence it holds,
 //! and listed in its module's `tests()`. All share one lab; those that kill
 //! things run alone. `SPINDRIFT_TEST_CELL=true` gives the lab's pool a cell: the same
-//! tests hold, and some of its own. `SPINDRIFT_TEST_KEEP=true` leaves the lab for the next run
+//! tests hold, and some of its own. `SPINDRIFT_TEST_ELASTIC=true` gives it no hosts but
+//! those that come and go: then only the tests of `elastic` hold. `SPINDRIFT_TEST_KEEP=true` leaves the lab for the next run
 //! and for a person to look at.
 
 // Where a test has to end with a failure, it may do so in a word.
@@ -13,6 +14,7 @@
 mod e2e {
     pub(crate) mod attacks;
     pub(crate) mod cell;
+    pub(crate) mod elastic;
     pub(crate) mod faults;
     pub(crate) mod hostile;
     pub(crate) mod kubelet;
@@ -41,6 +43,11 @@ fn main() -> ExitCode {
         e2e::attacks::tests(),
         if settings.cell() {
             e2e::cell::tests()
+        } else {
+            vec![]
+        },
+        if settings.elastic() {
+            e2e::elastic::tests()
         } else {
             vec![]
         },

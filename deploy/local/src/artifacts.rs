@@ -172,6 +172,42 @@ pub async fn devcluster(cache: &Cache, progress: &Progress) -> Result<PathBuf, A
     Ok(built.join("devcluster"))
 }
 
+/// Karpenter with the pool's cloud provider.
+pub async fn karpenter(cache: &Cache, progress: &Progress) -> Result<PathBuf, ArtifactError> {
+    let what = "Karpenter";
+    let source = workspace().join("deploy/karpenter");
+    let step = progress.step(format!("Build {what}"));
+    let key = go_key(&step).await?.text(what);
+    let mut files = vec![];
+    for directory in ["", "api", "driver", "provider"] {
+        for entry in std::fs::read_dir(source.join(directory))? {
+            let path = entry?.path();
+            let known = path.extension().and_then(|extension| extension.to_str());
+            if matches!(known, Some("go" | "mod" | "sum" | "yaml")) {
+                files.push(path);
+            }
+        }
+    }
+    // The order of a directory is nobody's promise.
+    files.sort();
+    let key = files.iter().try_fold(key, |key, path| key.file(path))?;
+    let built = cache
+        .ensure::<ArtifactError>("karpenter", key, &step, async |directory: &Path| {
+            go("build -v -trimpath -ldflags")
+                .arg("-s -w")
+                .arg("-o")
+                .arg(directory.join("karpenter"))
+                .arg(".")
+                .directory(&source)
+                .run_showing(&step)
+                .await
+                .map_err(|source| ArtifactError::Build { what, source })
+        })
+        .await?;
+    step.done_quietly();
+    Ok(built.join("karpenter"))
+}
+
 /// containerd, its runc shim and ctr; and runc.
 pub async fn containerd(cache: &Cache, progress: &Progress) -> Result<Containerd, ArtifactError> {
     let what = "containerd";

@@ -309,6 +309,15 @@ impl Component {
         file::remove(&self.file(layout, "pid")).map_err(|e| self.files(e))
     }
 
+    /// Leaves nothing of one that was stopped but its log.
+    pub async fn forget(&self, layout: &Layout) -> Result<(), ComponentError> {
+        let _turn = self.turn(layout).await?;
+        for extension in ["json", "pid", "lock"] {
+            file::remove(&self.file(layout, extension)).map_err(|e| self.files(e))?;
+        }
+        Ok(())
+    }
+
     /// `kill -9`: what it must survive.
     pub async fn kill(&self, layout: &Layout) -> Result<(), ComponentError> {
         self.stop(layout, Duration::ZERO).await

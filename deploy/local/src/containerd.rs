@@ -139,7 +139,7 @@ impl Runtime {
             self.programs.directory.display()
         );
         Ok(
-            Component::new(format!("containerd@{}", self.host.name), self.programs.program())
+            Component::new(component_name(&self.host), self.programs.program())
                 .within(&self.host.namespace)
                 .arg("--config")
                 .arg(config.display().to_string())
@@ -320,6 +320,10 @@ pub async fn remove_containers(layout: &Layout, hosts: impl IntoIterator<Item = 
             remove_cgroups_below(&hierarchy.join(&parent));
         }
     }
+}
+
+pub fn component_name(host: &Host) -> String {
+    format!("containerd@{}", host.name)
 }
 
 /// A link to the runc that a containerd with this state starts containers with.

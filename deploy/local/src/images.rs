@@ -58,6 +58,10 @@ impl Images {
         Self { directory }
     }
 
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
     /// An OCI archive that carries the image's reference.
     pub fn archive(&self, image: Image) -> PathBuf {
         self.directory.join(format!("{}.tar", image.name))

@@ -22,6 +22,8 @@ use crate::{
     component::{Component, ComponentError, Ready},
     containerd::{self, ContainerdError, Runtime},
     control_plane::{ControlPlane, ControlPlaneError, Endpoint, Owner, write_kubeconfig},
+    driver,
+    elastic::{self, ElasticError},
     file::{self, Mode},
     fleet::{self, FleetError},
     images::Images,
@@ -51,6 +53,8 @@ pub struct Options {
     /// The pool has a cluster of its own, its [`cell`]: hosts are
     /// Nodes there, and claims are Pods.
     pub cell: bool,
+    /// The cell's hosts come and go: there are none at the start. `hosts` is nothing then.
+    pub elastic: bool,
     /// Image registries inside the lab. See [`registry`].
     pub registry: bool,
     /// Where built things are kept between runs.
@@ -68,9 +72,14 @@ impl Options {
             extent: Extent::Whole,
             cluster: ClusterSource::Made,
             cell: false,
+            elastic: false,
             registry: false,
             cache,
         }
+    }
+
+    fn has_cell(&self) -> bool {
+        self.cell || self.elastic
     }
 }
 
@@ -120,6 +129,8 @@ struct Record {
     /// The same for the cell; none without one.
     #[serde(default)]
     cell_port: Option<u16>,
+    #[serde(default)]
+    elastic: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -156,6 +167,8 @@ pub enum LabError {
     Cell(#[from] CellError),
     #[error(transparent)]
     Fleet(#[from] FleetError),
+    #[error(transparent)]
+    Elastic(#[from] ElasticError),
     #[error("cannot remove a namespace")]
     Namespace(#[source] ToolError),
 }
@@ -192,6 +205,10 @@ impl Lab {
         let devcluster = artifacts::devcluster(&cache, progress).await?;
         let containerd = artifacts::containerd(&cache, progress).await?;
         let images = artifacts::images(&cache, progress).await?;
+        let karpenter = match options.elastic {
+            true => Some(artifacts::karpenter(&cache, progress).await?),
+            false => None,
+        };
 
         let record = Record::settle(&layout, options, progress).await?;
         // Of a start that was killed before it wrote a pid file.
@@ -199,7 +216,10 @@ impl Lab {
             stray.end(Duration::ZERO).await;
         }
         let step = progress.step("Lay out the network");
-        let topology = Topology::new(&layout, record.hosts)?;
+        let topology = match record.elastic {
+            true => Topology::elastic(&layout),
+            false => Topology::new(&layout, record.hosts)?,
+        };
         topology.ensure().await?;
         step.done();
 
@@ -238,6 +258,18 @@ impl Lab {
         if options.extent == Extent::Whole {
             site.start_node(&cluster, &endpoint, address, cell.as_ref())
                 .await?;
+            if let (Some(karpenter), Some(cell)) = (&karpenter, &cell) {
+                let parts = elastic::Parts {
+                    karpenter,
+                    containerd: &containerd,
+                    images: &images,
+                    programs: &programs,
+                    first_boot: &artifacts::workspace().join("deploy/host/first-boot"),
+                };
+                let step = progress.step("Start what brings hosts");
+                elastic::furnish(&layout, &topology, cell, &parts, START, &step).await?;
+                step.done();
+            }
         }
         supervisor::component(&layout, &programs)?
             .start(&layout, START)
@@ -347,7 +379,14 @@ impl Record {
                     record.profile,
                     &record.cluster,
                     record.cell_port.is_some(),
-                ) == (options.hosts, options.profile, &options.cluster, options.cell);
+                    record.elastic,
+                ) == (
+                    options.hosts,
+                    options.profile,
+                    &options.cluster,
+                    options.has_cell(),
+                    options.elastic,
+                );
                 return if same {
                     Ok(record)
                 } else {
@@ -365,7 +404,8 @@ impl Record {
             profile: options.profile,
             cluster: options.cluster.clone(),
             relay_port: port()?,
-            cell_port: options.cell.then(port).transpose()?,
+            cell_port: options.has_cell().then(port).transpose()?,
+            elastic: options.elastic,
         };
         for directory in [layout.state(), layout.data()] {
             std::fs::create_dir_all(&directory).map_err(at(directory))?;
@@ -678,9 +718,13 @@ async fn hold(layout: &Layout, progress: &Progress) -> Result<Flock<File>, LabEr
 async fn remove(layout: &Layout) -> Result<(), LabError> {
     // Whoever would start things anew goes first.
     let components = Component::all(layout);
-    for supervisor in components.iter().filter(|c| c.name == supervisor::COMPONENT) {
-        supervisor.kill(layout).await?;
+    for name in [supervisor::COMPONENT, driver::COMPONENT] {
+        for maker in components.iter().filter(|c| c.name == name) {
+            maker.kill(layout).await?;
+        }
     }
+    // The driver may have made more until then.
+    let components = Component::all(layout);
     futures::future::try_join_all(components.iter().map(|component| component.kill(layout))).await?;
     for stray in Component::strays(layout) {
         stray.end(Duration::ZERO).await;

@@ -10,6 +10,7 @@
 //! instance's name.
 
 pub mod artifacts;
+pub mod burst;
 pub mod cache;
 pub mod cell;
 pub mod cluster;
@@ -17,6 +18,8 @@ pub mod component;
 pub mod containerd;
 pub mod control_plane;
 pub mod demo;
+pub mod driver;
+pub mod elastic;
 mod file;
 pub mod fleet;
 pub mod images;

@@ -12,9 +12,11 @@ use clap::{Args, Parser, Subcommand};
 use spindrift_local::{
     Lab, Layout, Options, Progress,
     artifacts::{self, Profile},
+    burst,
     cache::{self, Cache},
     component::Component,
     demo::{self, Exec},
+    driver,
     instance::InstanceName,
     lab::{self, Build, ClusterSource, Extent},
     netns::Namespace,
@@ -60,6 +62,9 @@ enum Verb {
     /// Start again what ends by itself
     #[command(hide = true)]
     Supervise(Instance),
+    /// Make hosts when the pool's Karpenter asks for them
+    #[command(hide = true)]
+    Drive(Instance),
     /// Carry connections between network namespaces
     #[command(hide = true)]
     Relay {
@@ -136,6 +141,9 @@ struct Up {
     /// Give the pool a cluster of its own, its cell, which places the pods' claims
     #[arg(long)]
     cell: bool,
+    /// A cell without a host: Karpenter brings hosts when pods need them
+    #[arg(long, conflicts_with_all = ["hosts", "kubeconfig"])]
+    elastic: bool,
     /// How much of it is started
     #[arg(long, default_value = "whole")]
     extent: Extent,
@@ -186,6 +194,10 @@ fn main() -> ExitCode {
             supervisor::run(&Layout::new(instance)).await;
             Ok(())
         }),
+        Verb::Drive(Instance { instance }) => run(async move {
+            driver::run(&Layout::new(instance)).await?;
+            Ok(())
+        }),
         Verb::Up(up) => run(make(up)),
         Verb::Down(Instance { instance }) => {
             run(async move { Ok(lab::down(&instance, &Progress::stderr()).await?) })
@@ -234,12 +246,13 @@ async fn make(up: Up) -> anyhow::Result<()> {
     };
     let options = Options {
         instance: up.instance.instance,
-        hosts: up.hosts,
+        hosts: if up.elastic { 0 } else { up.hosts },
         profile: if up.dev { Profile::Dev } else { Profile::Release },
         build: if up.no_build { Build::Taken } else { Build::Made },
         extent: up.extent,
         cluster,
         cell: up.cell,
+        elastic: up.elastic,
         registry: up.registry,
         cache: up.environment.cache()?,
     };
@@ -250,11 +263,16 @@ async fn make(up: Up) -> anyhow::Result<()> {
         ClusterSource::Made | ClusterSource::Joined { .. } => Exec::Works,
     };
     let lab = Lab::up(&options, &progress).await?;
-    if options.extent == Extent::Whole && !up.no_demo {
+    let demo = !up.no_demo && !options.elastic;
+    if options.elastic && options.extent == Extent::Whole && !up.no_demo {
+        let shown = burst::run(&lab, &progress).await?;
+        println!("\n{shown}\n");
+    }
+    if options.extent == Extent::Whole && demo {
         let shown = demo::run(&lab, exec, &progress).await?;
         println!("\n{shown}");
     }
-    println!("{}", next_steps(&lab, (!up.no_demo).then_some(exec)));
+    println!("{}", next_steps(&lab, demo.then_some(exec)));
     Ok(())
 }
 

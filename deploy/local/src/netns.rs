@@ -85,6 +85,17 @@ impl Namespace {
             .await
     }
 
+    /// Runs `ip` on it for each line of the file.
+    pub async fn ip_batch(&self, lines: &Path) -> Result<(), ToolError> {
+        Tool::words("ip -n")
+            .arg(&self.name)
+            .arg("-batch")
+            .arg(lines)
+            .run()
+            .await
+            .map(drop)
+    }
+
     /// Whether it has the device.
     pub async fn has_device(&self, device: &str) -> bool {
         Tool::words("ip -n")

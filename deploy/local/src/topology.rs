@@ -36,6 +36,9 @@ pub const CLUSTER_DNS: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
 /// A host's device to the bridge.
 pub const UPLINK: &str = "eth0";
 const BRIDGE: &str = "br0";
+/// Said, it stays: else it is that of some port, and when that host goes all others
+/// send to nobody until they ask again.
+const BRIDGE_ADDRESS: &str = "02:00:c0:00:02:01";
 
 /// One pool host.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,33 +73,53 @@ pub enum TopologyError {
 }
 
 impl Topology {
-    /// Each has a letter.
+    /// Each has a letter, or a slot.
     pub const MOST_HOSTS: usize = 26;
 
     pub fn new(layout: &Layout, hosts: usize) -> Result<Self, TopologyError> {
         if !(1..=Self::MOST_HOSTS).contains(&hosts) {
             return Err(TopologyError::Hosts(hosts));
         }
-        let host = |(index, letter): (u8, char)| {
-            let name = format!("host-{letter}");
-            Host {
-                address: Ipv4Addr::new(192, 0, 2, 11 + index),
-                pod_range: format!("10.77.{}.0/24", index + 1),
-                namespace: Namespace::named(layout.namespace(&name)),
-                name,
-            }
-        };
+        let host = |(slot, letter)| Self::host_in(layout, &format!("host-{letter}"), slot);
         Ok(Self {
-            lab: Namespace::named(layout.namespace("lab")),
             hosts: (0u8..).zip('a'..='z').take(hosts).map(host).collect(),
+            ..Self::elastic(layout)
         })
+    }
+
+    /// Of a lab whose hosts come and go.
+    pub fn elastic(layout: &Layout) -> Self {
+        Self {
+            lab: Namespace::named(layout.namespace("lab")),
+            hosts: vec![],
+        }
+    }
+
+    /// The host of that name with the addresses of the slot, of which there are
+    /// [`MOST_HOSTS`](Self::MOST_HOSTS).
+    pub fn host_in(layout: &Layout, name: &str, slot: u8) -> Host {
+        Host {
+            address: Self::address(slot),
+            pod_range: Self::pod_range(slot),
+            namespace: Namespace::named(layout.namespace(name)),
+            name: name.to_owned(),
+        }
+    }
+
+    fn address(slot: u8) -> Ipv4Addr {
+        Ipv4Addr::new(192, 0, 2, 11 + slot)
+    }
+
+    fn pod_range(slot: u8) -> String {
+        format!("10.77.{}.0/24", slot + 1)
     }
 
     /// Makes what is missing and leaves what is there.
     pub async fn ensure(&self) -> Result<(), TopologyError> {
         self.lab.ensure().await?;
         if !self.lab.has_device(BRIDGE).await {
-            self.lab.ip(&format!("link add {BRIDGE} type bridge")).await?;
+            let add = format!("link add {BRIDGE} address {BRIDGE_ADDRESS} type bridge");
+            self.lab.ip(&add).await?;
         }
         self.lab.ip(&format!("link set {BRIDGE} up")).await?;
         for address in [API_SERVER, VIRTUAL_NODE, REGISTRY, CELL] {
@@ -143,6 +166,42 @@ impl Topology {
             .ip(&format!("route replace default via {API_SERVER}"))
             .await?;
         forward(namespace)
+    }
+
+    /// Leads the host to the pods of every slot, whether or not a host has it just now,
+    /// and the lab to this one's.
+    pub async fn lead(&self, layout: &Layout, host: &Host) -> Result<(), TopologyError> {
+        let own = format!("route replace {} via {}", host.pod_range, host.address);
+        self.lab.ip(&own).await?;
+        let mut routes = String::new();
+        for slot in 0..Self::MOST_HOSTS as u8 {
+            let (range, address) = (Self::pod_range(slot), Self::address(slot));
+            if address != host.address {
+                routes += &format!("route replace {range} via {address} dev {UPLINK}\n");
+            }
+        }
+        let file = layout.host_state(&host.name).join("routes");
+        std::fs::create_dir_all(layout.host_state(&host.name))
+            .and_then(|()| std::fs::write(&file, routes))
+            .map_err(|source| TopologyError::Setting {
+                setting: "the routes to other hosts",
+                namespace: host.namespace.name().to_owned(),
+                source,
+            })?;
+        host.namespace.ip_batch(&file).await?;
+        Ok(())
+    }
+
+    /// Takes a host that is gone off the bridge.
+    pub async fn part(&self, host: &Host) -> Result<(), TopologyError> {
+        if self.lab.has_device(&host.name).await {
+            self.lab.ip(&format!("link del {}", host.name)).await?;
+        }
+        let route = format!("route show {}", host.pod_range);
+        if !self.lab.ip(&route).await?.trim().is_empty() {
+            self.lab.ip(&format!("route del {}", host.pod_range)).await?;
+        }
+        Ok(())
     }
 
     pub fn host(&self, name: &str) -> Option<&Host> {

@@ -102,7 +102,10 @@ impl HostNode {
     pub fn node(&self, now: Timestamp) -> Node {
         let pool = (names::POOL_TAINT.to_owned(), "NoSchedule".to_owned());
         let own = [pool];
-        let taints = own.iter().chain(&self.taints).map(|(key, effect)| Taint {
+        // A NodePool's template names the pool's own, too; a Node with one taint twice is
+        // refused.
+        let others = self.taints.iter().filter(|taint| !own.contains(taint));
+        let taints = own.iter().chain(others).map(|(key, effect)| Taint {
             key: key.clone(),
             effect: effect.clone(),
             ..Taint::default()
@@ -268,7 +271,10 @@ mod tests {
             region: None,
             class: Some("burst".into()),
             provider_id: Some("lab://host-a".into()),
-            taints: vec![("karpenter.sh/unregistered".into(), "NoExecute".into())],
+            taints: vec![
+                ("karpenter.sh/unregistered".into(), "NoExecute".into()),
+                ("spindrift.dev/pool".into(), "NoSchedule".into()),
+            ],
             capacity: Resources {
                 cpu_millis: 2000,
                 memory_bytes: 4 << 30,
@@ -343,6 +349,8 @@ mod tests {
         let labels = node.metadata.labels.as_mut().unwrap();
         labels.insert("theirs".into(), "x".into());
         labels.remove("spindrift.dev/class");
+        // Karpenter takes its own away when it has seen the host.
+        node.spec.as_mut().unwrap().taints = None;
         let patch = host.metadata_patch(&node).unwrap();
         assert_eq!(
             patch["metadata"]["labels"],
