@@ -92,8 +92,30 @@ impl Board {
 
     /// Puts up a status if it differs from the one that hangs there. Its revision is
     /// set here.
-    pub fn publish(&self, tenant: &TenantId, mut status: SandboxStatus) {
+    pub fn publish(&self, tenant: &TenantId, status: SandboxStatus) {
         let mut pages = self.pages();
+        let position = self.put_up(&mut pages, tenant, status);
+        drop(pages);
+        self.tell(position);
+    }
+
+    /// Adds to a sandbox's status, now and from now on, that it has to end.
+    pub fn give_notice(&self, tenant: &TenantId, key: &SandboxKey, notice: Notice) {
+        // In one go: a status that its driver puts up meanwhile would be overwritten.
+        let mut pages = self.pages();
+        let page = pages.tenants.entry(tenant.clone()).or_default();
+        let Some((_, status)) = page.statuses.get(key) else {
+            return;
+        };
+        let status = (**status).clone();
+        page.notices.insert(key.clone(), notice);
+        let position = self.put_up(&mut pages, tenant, status);
+        drop(pages);
+        self.tell(position);
+    }
+
+    /// The new position, if the status differs from the one that hangs there.
+    fn put_up(&self, pages: &mut Pages, tenant: &TenantId, mut status: SandboxStatus) -> Option<u64> {
         let position = pages.position + 1;
         let page = pages.tenants.entry(tenant.clone()).or_default();
         status.notice = page.notices.get(&status.key).cloned();
@@ -101,7 +123,7 @@ impl Board {
             Some((_, known)) => {
                 status.revision = known.revision;
                 if **known == status {
-                    return;
+                    return None;
                 }
                 status.revision += 1;
             }
@@ -110,23 +132,13 @@ impl Board {
         page.statuses
             .insert(status.key.clone(), (position, Arc::new(status)));
         pages.position = position;
-        drop(pages);
-        self.inner.newest.send_replace(position);
+        Some(position)
     }
 
-    /// Adds to a sandbox's status, now and from now on, that it has to end.
-    pub fn give_notice(&self, tenant: &TenantId, key: &SandboxKey, notice: Notice) {
-        let status = {
-            let mut pages = self.pages();
-            let page = pages.tenants.entry(tenant.clone()).or_default();
-            let Some((_, status)) = page.statuses.get(key) else {
-                return;
-            };
-            let status = (**status).clone();
-            page.notices.insert(key.clone(), notice);
-            status
-        };
-        self.publish(tenant, status);
+    fn tell(&self, position: Option<u64>) {
+        if let Some(position) = position {
+            self.inner.newest.send_replace(position);
+        }
     }
 
     pub fn forget(&self, tenant: &TenantId, key: &SandboxKey) {

@@ -167,6 +167,7 @@ pub fn start(
 ) {
     let Enrolment { name, clients, .. } = enrolment;
     index.reach(clients.clone());
+    let lease = settings.lease;
     let cell = Cell {
         host,
         name,
@@ -174,9 +175,9 @@ pub fn start(
         index,
         agent,
     };
-    keep_until(shutdown, "lease", lease::renew(cell.clone(), settings.lease));
+    keep_until(shutdown, "lease", lease::renew(cell.clone(), lease));
     keep_until(shutdown, "node", node::keep(cell.clone(), settings, station));
-    keep_until(shutdown, "claims", claims::watch(cell.clone()));
+    keep_until(shutdown, "claims", claims::watch(cell.clone(), lease));
     keep_until(shutdown, "upkeep", upkeep::keep(cell));
 }
 

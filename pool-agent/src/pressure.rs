@@ -9,7 +9,10 @@
 //! - a pressure is told for a while after it was last seen, so that a pod that comes
 //!   back at once does not bring it back.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use jiff::Timestamp;
 use pool_agent_api::{ContainerName, Pressure, Resources, SandboxKey, TenantId};
@@ -80,6 +83,50 @@ pub fn shortages(levels: &[Level], eviction: &Eviction) -> Vec<Shortage> {
         .collect();
     short.sort_by_key(|short| (short.resource, short.available));
     short
+}
+
+/// How long the removal of unused images may take before a pod goes instead.
+const RECLAIM: Duration = Duration::from_secs(20);
+
+/// What to do about what is short.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    Nothing,
+    /// Have images removed that nobody uses.
+    Reclaim,
+    Evict(Shortage),
+}
+
+/// Before a pod goes for the disk, images go: also before the next one, since the pod
+/// before it may have left some.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Reclaim {
+    /// Images are going since then.
+    begun: Option<Instant>,
+}
+
+impl Reclaim {
+    /// `short` as [`shortages`] gives it.
+    pub fn step(mut self, short: &[Shortage], now: Instant) -> (Self, Next) {
+        let of_disk = |s: &Shortage| matches!(s.resource, Resource::Disk | Resource::Inodes);
+        if !short.iter().any(of_disk) {
+            self.begun = None;
+        }
+        let next = match (short.first(), self.begun) {
+            (None, _) => Next::Nothing,
+            (Some(first), _) if !of_disk(first) => Next::Evict(*first),
+            (Some(_), None) => {
+                self.begun = Some(now);
+                Next::Reclaim
+            }
+            (Some(_), Some(begun)) if now.saturating_duration_since(begun) < RECLAIM => Next::Nothing,
+            (Some(first), Some(_)) => {
+                self.begun = None;
+                Next::Evict(*first)
+            }
+        };
+        (self, next)
+    }
 }
 
 /// When each pressure was last seen.

@@ -343,6 +343,27 @@ mod tests {
     }
 
     #[test]
+    fn an_amount_that_the_api_server_spells_otherwise_is_not_written_again() {
+        let mut host = host();
+        host.capacity.memory_bytes = 64 << 30;
+        host.capacity.ephemeral_storage_bytes = 10_000;
+        let mut node = host.node(at(5));
+        let capacity = node.status.as_mut().unwrap().capacity.as_mut().unwrap();
+        for (name, ours, theirs) in [
+            ("memory", "67108864Ki", "64Gi"),
+            ("ephemeral-storage", "10000", "10k"),
+        ] {
+            assert_eq!(capacity[name].0, ours);
+            capacity.get_mut(name).unwrap().0 = theirs.into();
+        }
+        assert_eq!(host.status_patch(&node, at(9), false), None);
+        host.capacity.memory_bytes += 1024;
+        let patch = host.status_patch(&node, at(9), false).unwrap();
+        assert_eq!(patch["status"]["capacity"]["memory"], "67108865Ki");
+        assert!(patch["status"].get("allocatable").is_none());
+    }
+
+    #[test]
     fn labels_that_others_took_away_come_back_and_theirs_stay() {
         let host = host();
         let mut node = host.node(at(5));

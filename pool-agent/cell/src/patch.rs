@@ -8,6 +8,8 @@ use k8s_openapi::{
 };
 use serde_json::{Map, Value, json};
 
+use crate::quantity;
+
 /// A strategic merge patch of `nodes/status`: what of `wanted` differs, all of its
 /// conditions, with fresh heartbeats, if anything does or a heartbeat is `due`.
 /// Fields that are absent in `wanted` stay as they are.
@@ -18,6 +20,7 @@ pub fn node_status(node: &Node, wanted: &NodeStatus, due: bool) -> Option<Value>
         let old = current.get(&field);
         let differs = match field.as_str() {
             "conditions" => !settled(old, &new),
+            "capacity" | "allocatable" => !same_amounts(old, &new),
             _ => old != Some(&new),
         };
         if !differs {
@@ -50,6 +53,23 @@ fn object(status: NodeStatus) -> Map<String, Value> {
         // A NodeStatus is an object of plain data.
         Ok(_) | Err(_) => Map::new(),
     }
+}
+
+/// Whether amounts are worth the same: the API server spells them in its own way, `64Gi`
+/// for `67108864Ki` and `10k` for `10000`.
+fn same_amounts(old: Option<&Value>, new: &Value) -> bool {
+    let worth = |amount: &Value| {
+        let text = amount.as_str()?;
+        quantity::millis(text).ok()
+    };
+    let same = |a: &Value, b: &Value| a == b || worth(a).is_some_and(|worth_a| Some(worth_a) == worth(b));
+    let (Some(old), Some(new)) = (old.and_then(Value::as_object), new.as_object()) else {
+        return old == Some(new);
+    };
+    old.len() == new.len()
+        && new
+            .iter()
+            .all(|(name, amount)| old.get(name).is_some_and(|old| same(old, amount)))
 }
 
 /// Whether each condition of ours stands there, but for its heartbeat.

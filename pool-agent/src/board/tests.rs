@@ -132,3 +132,27 @@ fn a_notice_stays_on_a_status_until_the_sandbox_is_forgotten() {
     board.publish(&tenant, running);
     assert_eq!(board.status(&tenant, &key).unwrap().notice, None);
 }
+
+/// Statuses come from the sandbox's driver, notices from whoever keeps the claims.
+#[test]
+fn a_notice_never_brings_back_what_a_sandbox_said_before() {
+    let board = Board::new(1);
+    let tenant: TenantId = "demo".parse().unwrap();
+    let key = status("a", SandboxState::Preparing).key;
+    for round in 0..2000 {
+        board.publish(&tenant, status("a", SandboxState::Running));
+        std::thread::scope(|threads| {
+            threads.spawn(|| {
+                let notice = Notice {
+                    reason: round.to_string(),
+                    deadline: Timestamp::UNIX_EPOCH,
+                };
+                board.give_notice(&tenant, &key, notice);
+            });
+            threads.spawn(|| board.publish(&tenant, status("a", SandboxState::Stopped)));
+        });
+        let now = board.status(&tenant, &key).unwrap();
+        assert_eq!(now.state, SandboxState::Stopped, "round {round}");
+        assert_eq!(now.notice.as_ref().unwrap().reason, round.to_string());
+    }
+}

@@ -164,6 +164,32 @@ struct State {
     heard_until: Option<Instant>,
 }
 
+impl State {
+    /// What a write has answered meanwhile may be newer.
+    fn put(&mut self, pod: Arc<Pod>, before: &BTreeMap<Id, Arc<Pod>>) {
+        let id = id(&pod);
+        let newest = match before.get(&id) {
+            Some(known) if known.metadata.uid == pod.metadata.uid && !is_newer(&pod, known) => known.clone(),
+            _ => pod,
+        };
+        self.pods.insert(id, newest);
+    }
+
+    fn apply(&mut self, pod: Arc<Pod>) {
+        match self.pods.get(&id(&pod)) {
+            Some(known) if known.metadata.uid == pod.metadata.uid && !is_newer(&pod, known) => {}
+            _ => {
+                self.pods.insert(id(&pod), pod);
+            }
+        }
+    }
+}
+
+fn is_newer(new: &Pod, old: &Pod) -> bool {
+    let version = |pod: &Pod| pod.metadata.resource_version.clone();
+    names::is_newer(version(new).as_deref(), version(old).as_deref())
+}
+
 fn id(pod: &Pod) -> Id {
     (pod.namespace().unwrap_or_default(), pod.name_any())
 }
@@ -246,6 +272,7 @@ impl Index {
         let mut state = self.state();
         if let Some(known) = state.pods.get_mut(&id(&pod))
             && known.metadata.uid == pod.metadata.uid
+            && is_newer(&pod, known)
         {
             *known = Arc::new(pod);
         }
@@ -266,13 +293,14 @@ impl Index {
                 }
                 Event::InitDone => {
                     if let Some(listing) = state.listing.take() {
-                        state.pods = listing;
+                        let before = std::mem::take(&mut state.pods);
+                        for pod in listing.into_values() {
+                            state.put(pod, &before);
+                        }
                     }
                     state.told = true;
                 }
-                Event::Apply(pod) => {
-                    state.pods.insert(id(&pod), Arc::new(pod));
-                }
+                Event::Apply(pod) => state.apply(Arc::new(pod)),
                 Event::Delete(pod) => {
                     state.pods.remove(&id(&pod));
                 }
@@ -296,7 +324,7 @@ fn in_touch(state: &State) -> bool {
 }
 
 /// Follows what is bound to this host, with a new identity where there is one.
-pub(super) async fn watch(cell: Cell) {
+pub(super) async fn watch(cell: Cell, lease: Duration) {
     let backoff = ExponentialBuilder::new()
         .with_min_delay(Duration::from_millis(500))
         .with_max_delay(Duration::from_secs(20))
@@ -306,7 +334,11 @@ pub(super) async fn watch(cell: Cell) {
     let mut clients = cell.clients.clone();
     loop {
         let client = client(&mut clients).await;
-        let config = watcher::Config::default().fields(&format!("spec.nodeName={}", cell.name));
+        let config = watcher::Config::default()
+            .fields(&format!("spec.nodeName={}", cell.name))
+            // One whose connection has fallen silent is taken for dead when it has not
+            // ended in that time: before the Lease ends, by which others count.
+            .timeout(seconds(lease / 4));
         // One that failed is made anew and begins with a list: nothing is missed.
         let mut events = watcher(Api::<Pod>::all(client), config).boxed();
         loop {
@@ -337,6 +369,10 @@ pub(super) async fn watch(cell: Cell) {
             }
         }
     }
+}
+
+fn seconds(time: Duration) -> u32 {
+    u32::try_from(time.as_secs()).unwrap_or(u32::MAX).max(1)
 }
 
 #[cfg(test)]

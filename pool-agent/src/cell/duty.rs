@@ -19,7 +19,13 @@ use pool_agent_api::{
     SandboxKey, SandboxStatus, TenantId,
     status::{ContainerState, Notice, SandboxState},
 };
-use pool_cell::{ClaimPhase, ClaimStatus, Placed, claim::NOT_A_CLAIM};
+use pool_cell::{
+    ClaimPhase, ClaimStatus, Placed,
+    claim::{Deletion, NOT_A_CLAIM},
+    names,
+};
+
+use crate::sandbox::clock::after;
 
 /// Of a sandbox whose claim is being deleted.
 pub(super) const CLAIM_DELETED: &str = "ClaimDeleted";
@@ -61,15 +67,24 @@ pub(super) struct Here {
     pub(super) agent: SocketAddr,
 }
 
-/// Whose sandbox a Pod is about; None if it is no claim.
+/// Whose sandbox a Pod is about, of whatever shape it is; None if it is no claim.
 pub(super) fn subject(pod: &Pod) -> Option<(TenantId, SandboxKey)> {
-    let placed = Placed::parse(pod).ok()?;
-    Some((placed.claim.tenant.clone(), placed.claim.key.clone()))
+    names::subject(pod)
 }
 
-pub(super) fn of(pod: &Pod, standing: &Standing, here: Here, now: Timestamp) -> Duty {
+/// `noticed`: when the claim's deletion was seen first, by this host's clock.
+pub(super) fn of(pod: &Pod, standing: &Standing, here: Here, noticed: Timestamp, now: Timestamp) -> Duty {
     let placed = match Placed::parse(pod) {
         Ok(placed) => placed,
+        // Of another release, or changed in the cell since: its sandbox has the room, and
+        // a claim that has Failed would give it to another.
+        Err(_) if matches!(standing, Standing::Here { .. }) => {
+            let mut duty = Duty::default();
+            if let Some(deletion) = Deletion::read(pod) {
+                end(&mut duty, deletion, standing, noticed, now);
+            }
+            return duty;
+        }
         Err(wrong) => {
             return Duty {
                 status: Some(ClaimStatus {
@@ -80,7 +95,8 @@ pub(super) fn of(pod: &Pod, standing: &Standing, here: Here, now: Timestamp) -> 
                     host_ip: here.address,
                     agent: None,
                 }),
-                // Nothing was ever made for it.
+                // A start may be under way for the attempt that its name says.
+                fence: pod.metadata.deletion_timestamp.is_some() && *standing == Standing::Absent,
                 let_go: pod.metadata.deletion_timestamp.is_some(),
                 ..Duty::default()
             };
@@ -90,9 +106,14 @@ pub(super) fn of(pod: &Pod, standing: &Standing, here: Here, now: Timestamp) -> 
         status: status(&placed, standing, here),
         ..Duty::default()
     };
-    let Some(deletion) = placed.deletion else {
-        return duty;
-    };
+    if let Some(deletion) = placed.deletion {
+        end(&mut duty, deletion, standing, noticed, now);
+    }
+    duty
+}
+
+/// What a claim's deletion asks for.
+fn end(duty: &mut Duty, deletion: Deletion, standing: &Standing, noticed: Timestamp, now: Timestamp) {
     match standing {
         Standing::Absent | Standing::Ended => {
             duty.fence = *standing == Standing::Absent;
@@ -101,24 +122,28 @@ pub(super) fn of(pod: &Pod, standing: &Standing, here: Here, now: Timestamp) -> 
         Standing::Here { status, grace } => {
             let state = status.as_ref().map(|s| s.state);
             if matches!(state, Some(SandboxState::Stopping | SandboxState::Stopped)) {
-                return duty;
+                return;
             }
+            // The API server's clock, and this host may have been away since. Whatever
+            // they say, a pod has its own grace from when the deletion was seen, as under
+            // a kubelet; and not more than the claim's deletion grants.
+            let least = after(noticed, (*grace).min(deletion.grace));
+            let deadline = deletion.deadline.max(least);
             duty.notice = Some(Notice {
                 reason: CLAIM_DELETED.into(),
-                deadline: deletion.deadline,
+                deadline,
             });
             // The claim's grace covers the pod's own.
             let grace = SignedDuration::try_from(*grace).unwrap_or(SignedDuration::MAX);
-            let begin = deletion.deadline.checked_sub(grace).unwrap_or(Timestamp::MIN);
+            let begin = deadline.checked_sub(grace).unwrap_or(Timestamp::MIN);
             if begin <= now {
-                let left = Duration::try_from(deletion.deadline.duration_since(now));
+                let left = Duration::try_from(deadline.duration_since(now));
                 duty.stop = Some(left.unwrap_or_default());
             } else {
                 duty.again = Some(begin);
             }
         }
     }
-    duty
 }
 
 /// None: what stands there is to stay.

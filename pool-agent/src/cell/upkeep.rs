@@ -1,7 +1,11 @@
 //! Keeps the claims of this host as they should be, and its sandboxes as their claims
 //! say: looks at everything when something has changed, and every so often.
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::StreamExt;
 use jiff::Timestamp;
@@ -36,6 +40,7 @@ pub(super) async fn keep(cell: Cell) {
     let mut clients = cell.clients.clone();
     let mut claims = cell.index.changes();
     let mut statuses = cell.host.board().reader(None);
+    let mut noticed = Noticed::new();
     loop {
         let client = client(&mut clients).await;
         // Before the look: what changes while it goes on is looked at again.
@@ -43,7 +48,7 @@ pub(super) async fn keep(cell: Cell) {
         if statuses.take().is_err() {
             statuses = cell.host.board().reader(None);
         }
-        let again = look(&cell, &client).await;
+        let again = look(&cell, &client, &mut noticed).await;
         tokio::select! {
             changed = claims.changed() => if changed.is_err() {
                 return;
@@ -57,8 +62,11 @@ pub(super) async fn keep(cell: Cell) {
     }
 }
 
+/// When each claim's deletion was seen first, by the claim's UID.
+type Noticed = HashMap<String, Timestamp>;
+
 /// One look at everything. How soon to look again, if something is due.
-async fn look(cell: &Cell, client: &Client) -> Option<Duration> {
+async fn look(cell: &Cell, client: &Client, noticed: &mut Noticed) -> Option<Duration> {
     // Not known: a cell that is away stops nothing.
     let pods = cell.index.all()?;
     let claimed: HashSet<_> = pods.iter().filter_map(|pod| duty::subject(pod)).collect();
@@ -69,8 +77,24 @@ async fn look(cell: &Cell, client: &Client) -> Option<Duration> {
         .filter(|resident| !claimed.contains(resident))
         .collect();
     let now = Timestamp::now();
+    let deleted = |pod: &Arc<Pod>| {
+        let meta = &pod.metadata;
+        meta.deletion_timestamp.as_ref().and(meta.uid.clone())
+    };
+    *noticed = pods
+        .iter()
+        .filter_map(deleted)
+        .map(|uid| {
+            let since = noticed.get(&uid).copied().unwrap_or(now);
+            (uid, since)
+        })
+        .collect();
+    let noticed = &*noticed;
     let due: Vec<Option<Timestamp>> = futures::stream::iter(pods)
-        .map(|pod| async move { attend(cell, client, &pod, now).await })
+        .map(|pod| async move {
+            let since = deleted(&pod).and_then(|uid| noticed.get(&uid).copied());
+            attend(cell, client, &pod, since.unwrap_or(now), now).await
+        })
         .buffer_unordered(AT_A_TIME)
         .collect()
         .await;
@@ -84,7 +108,13 @@ async fn look(cell: &Cell, client: &Client) -> Option<Duration> {
 }
 
 /// Does what one Pod asks for.
-async fn attend(cell: &Cell, client: &Client, pod: &Arc<Pod>, now: Timestamp) -> Option<Timestamp> {
+async fn attend(
+    cell: &Cell,
+    client: &Client,
+    pod: &Arc<Pod>,
+    noticed: Timestamp,
+    now: Timestamp,
+) -> Option<Timestamp> {
     let here = Here {
         address: cell.agent.ip(),
         agent: cell.agent,
@@ -94,7 +124,7 @@ async fn attend(cell: &Cell, client: &Client, pod: &Arc<Pod>, now: Timestamp) ->
         Some((tenant, key)) => cell.host.standing(tenant, key),
         None => Standing::Absent,
     };
-    let duty = duty::of(pod, &standing, here, now);
+    let duty = duty::of(pod, &standing, here, noticed, now);
     if let Some((tenant, key)) = &subject {
         if let Some(notice) = duty.notice {
             cell.host.give_notice(tenant, key, notice);

@@ -2,7 +2,7 @@
 //! has a pod evicted for it. What is short and who goes is [`crate::pressure`]'s.
 //!
 //! What always holds: one pod goes at a time, and the next when it has stopped or had
-//! its time; where the disk is short, images that nobody uses go before any pod.
+//! its time; where the disk is short, images that nobody uses go before each pod.
 
 use std::{path::Path, sync::Arc, time::Duration};
 
@@ -14,7 +14,7 @@ use super::{Host, Resident, tell};
 use crate::{
     cri::config::Qos,
     housekeeping,
-    pressure::{self, Candidate, ContainerUse, Level, Resource, Seen, Shortage},
+    pressure::{self, Candidate, ContainerUse, Level, Next, Reclaim, Resource, Seen, Shortage},
     sandbox::{
         driver::Command,
         event::Event,
@@ -27,15 +27,13 @@ use crate::{
 const PERIOD: Duration = Duration::from_secs(2);
 /// How long an evicted pod may take to be gone before another goes.
 const CLEANUP: Duration = Duration::from_secs(30);
-/// How long the removal of unused images may take before a pod goes instead.
-const RECLAIM: Duration = Duration::from_secs(20);
 
 impl Host {
     pub async fn keep_room(self) {
         let shop = self.inner.shop.clone();
         let told_for = Duration::from_secs(shop.room.eviction.pressure_seconds);
         let mut seen = Seen::default();
-        let mut reclaiming: Option<Instant> = None;
+        let mut reclaim = Reclaim::default();
         let mut ticks = tokio::time::interval(PERIOD);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -60,21 +58,15 @@ impl Host {
                 *told = pressure;
                 changed
             });
-            let Some(&first) = short.first() else {
-                reclaiming = None;
-                continue;
-            };
-            if matches!(first.resource, Resource::Disk | Resource::Inodes) {
-                let begun = *reclaiming.get_or_insert_with(|| {
-                    tracing::warn!(available = first.available, "the disk is short: unused images go");
-                    shop.disk_is_short.notify_one();
-                    Instant::now()
-                });
-                if begun.elapsed() < RECLAIM {
-                    continue;
-                }
+            let next;
+            (reclaim, next) = reclaim.step(&short, Instant::now().into_std());
+            if let Next::Reclaim = next {
+                tracing::warn!("the disk is short: unused images go");
+                shop.disk_is_short.notify_one();
             }
-            self.evict_for(first).await;
+            if let Next::Evict(shortage) = next {
+                self.evict_for(shortage).await;
+            }
         }
     }
 

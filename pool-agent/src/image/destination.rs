@@ -143,10 +143,12 @@ impl Destinations {
 
     /// What can be said of a registry without asking a resolver.
     pub fn named(&self, registry: &str) -> Result<Named, LeadsAstray> {
+        // The proxy is asked for `HOST:PORT`, whatever the image's name says.
+        let asked = place(registry);
         if self
             .allow_registries
             .iter()
-            .any(|allowed| allowed.as_str() == registry)
+            .any(|allowed| place(allowed.as_str()) == asked)
         {
             return Ok(Named::Allowed);
         }
@@ -282,6 +284,17 @@ fn plain(ip: IpAddr) -> IpAddr {
     }
 }
 
+/// Host and port, one spelling for each: where a registry is.
+fn place(registry: &str) -> (String, u16) {
+    let (host, port) = split(registry);
+    let host = match host.trim_end_matches('.').to_ascii_lowercase() {
+        // Docker's name is not where its registry is.
+        host if host == "docker.io" => "registry-1.docker.io".to_owned(),
+        host => host,
+    };
+    (host, port)
+}
+
 /// Host and port of a registry's name.
 fn split(registry: &str) -> (&str, u16) {
     match registry.rsplit_once(':') {
@@ -381,6 +394,21 @@ mod tests {
         assert_eq!(destinations.named("localhost:5000"), Ok(Named::Allowed));
         assert!(destinations.named("localhost:5001").is_err());
         assert!(destinations.named("localhost").is_err());
+        // As the runtime's proxy is asked: with the port, in any spelling.
+        let names = ["localhost", "Registry.Example", "docker.io"];
+        destinations.allow_registries = names
+            .map(|name| Registry::try_from(name.to_owned()).unwrap())
+            .into();
+        for allowed in [
+            "LOCALHOST:443",
+            "registry.example.:443",
+            "registry-1.docker.io:443",
+        ] {
+            assert_eq!(destinations.named(allowed), Ok(Named::Allowed), "{allowed}");
+        }
+        for other in ["localhost:80", "localhost:5000", "a.localhost:443"] {
+            assert!(destinations.named(other).is_err(), "{other}");
+        }
     }
 
     #[test]

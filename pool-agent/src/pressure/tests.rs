@@ -192,3 +192,36 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn images_go_before_each_pod_that_goes_for_the_disk_whatever_else_is_short() {
+    let short = |resource| Shortage {
+        resource,
+        available: 1,
+        threshold: 2,
+    };
+    let (disk, tasks, memory) = (
+        short(Resource::Disk),
+        short(Resource::Tasks),
+        short(Resource::Memory),
+    );
+    let start = Instant::now();
+    let mut reclaim = Reclaim::default();
+    let mut at = |seconds: u64, short: &[Shortage]| {
+        let next;
+        (reclaim, next) = reclaim.step(short, start + Duration::from_secs(seconds));
+        next
+    };
+    for begin in [0, 100] {
+        assert_eq!(at(begin, &[disk, tasks]), Next::Reclaim);
+        assert_eq!(at(begin + 19, &[disk, tasks]), Next::Nothing);
+        assert_eq!(at(begin + 20, &[disk, tasks]), Next::Evict(disk));
+        // Still short: what the pod left goes first.
+        assert_eq!(at(begin + 22, &[disk, tasks]), Next::Reclaim);
+        // Tasks stay short all the time, and the disk is short again later.
+        assert_eq!(at(begin + 60, &[tasks]), Next::Evict(tasks));
+    }
+    assert_eq!(at(200, &[memory, disk]), Next::Evict(memory));
+    assert_eq!(at(202, &[disk]), Next::Reclaim);
+    assert_eq!(at(204, &[]), Next::Nothing);
+}

@@ -38,6 +38,22 @@ pub struct Deletion {
     pub grace: Duration,
 }
 
+impl Deletion {
+    /// None of a Pod that nobody has deleted.
+    pub fn read(pod: &Pod) -> Option<Self> {
+        let meta = &pod.metadata;
+        meta.deletion_timestamp.as_ref().map(|at| Self {
+            // The API server has counted the grace in already.
+            deadline: at.0,
+            grace: meta
+                .deletion_grace_period_seconds
+                .and_then(|s| u64::try_from(s).ok())
+                .map(Duration::from_secs)
+                .unwrap_or_default(),
+        })
+    }
+}
+
 impl Placed {
     pub fn parse(pod: &Pod) -> Result<Self, NotAClaim> {
         let claim = Claim::parse(pod)?;
@@ -56,15 +72,7 @@ impl Placed {
             None => Resources::default(),
         };
         let status = pod.status.clone().unwrap_or_default();
-        let deletion = meta.deletion_timestamp.as_ref().map(|at| Deletion {
-            // The API server has counted the grace in already.
-            deadline: at.0,
-            grace: meta
-                .deletion_grace_period_seconds
-                .and_then(|s| u64::try_from(s).ok())
-                .map(Duration::from_secs)
-                .unwrap_or_default(),
-        });
+
         Ok(Self {
             claim,
             uid: meta.uid.clone().ok_or_else(|| missing("metadata.uid"))?,
@@ -79,7 +87,7 @@ impl Placed {
                 .annotations
                 .as_ref()
                 .and_then(|a| a.get(names::AGENT)?.parse().ok()),
-            deletion,
+            deletion: Deletion::read(pod),
         })
     }
 

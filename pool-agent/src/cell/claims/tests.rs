@@ -208,3 +208,34 @@ fn a_tenant_is_here_while_one_of_its_claims_is() {
     assert!(!claims.are_here(&tenant));
     assert!(Claims::Unneeded.are_here(&other), "there is no cell");
 }
+
+#[test]
+fn what_a_write_answered_is_not_taken_back_by_what_the_watch_told_before_it() {
+    let index = Index::new(host());
+    let at = |version: &str| {
+        let mut pod = pod("c-1");
+        pod.metadata.resource_version = Some(version.into());
+        pod
+    };
+    let known = |index: &Index| {
+        let pods: Vec<_> = index.state().pods.values().cloned().collect();
+        pods[0].metadata.resource_version.clone().unwrap()
+    };
+    index.take(Event::Apply(at("7")));
+    index.wrote(at("12"));
+    index.take(Event::Apply(at("9")));
+    assert_eq!(known(&index), "12");
+    for event in [Event::Init, Event::InitApply(at("9")), Event::InitDone] {
+        index.take(event);
+    }
+    assert_eq!(known(&index), "12");
+    // Nor does an answer that comes late.
+    index.take(Event::Apply(at("100")));
+    index.wrote(at("12"));
+    assert_eq!(known(&index), "100");
+    // Another object of that name is another.
+    let mut other = at("3");
+    other.metadata.uid = Some("c-2".into());
+    index.take(Event::Apply(other));
+    assert_eq!(known(&index), "3");
+}

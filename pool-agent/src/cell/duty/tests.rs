@@ -111,7 +111,9 @@ fn here(state: SandboxState, exits: &[i32]) -> Standing {
 }
 
 fn written(standing: &Standing) -> (ClaimPhase, bool) {
-    let status = of(&pod(bound()), standing, HERE, second(0)).status.unwrap();
+    let status = of(&pod(bound()), standing, HERE, second(0), second(0))
+        .status
+        .unwrap();
     assert_eq!(status.agent, Some(HERE.agent));
     (status.phase, status.ready)
 }
@@ -135,14 +137,17 @@ fn a_claims_status_is_its_sandboxes() {
 fn what_is_over_stays_as_it_ended() {
     let mut value = bound();
     value["status"] = json!({"phase": "Succeeded"});
-    assert_eq!(of(&pod(value), &Standing::Ended, HERE, second(0)).status, None);
+    assert_eq!(
+        of(&pod(value), &Standing::Ended, HERE, second(0), second(0)).status,
+        None
+    );
 }
 
 #[test]
 fn a_pod_that_is_no_claim_fails_by_name_and_goes_when_it_is_deleted() {
     let mut value = bound();
     value["spec"]["hostNetwork"] = json!(true);
-    let duty = of(&pod(value.clone()), &Standing::Absent, HERE, second(0));
+    let duty = of(&pod(value.clone()), &Standing::Absent, HERE, second(0), second(0));
     let status = duty.status.unwrap();
     assert_eq!(
         (status.phase, status.reason.as_str()),
@@ -152,26 +157,27 @@ fn a_pod_that_is_no_claim_fails_by_name_and_goes_when_it_is_deleted() {
     assert_eq!(status.agent, None);
     assert!(!duty.let_go && duty.stop.is_none());
     value["metadata"]["deletionTimestamp"] = json!("1970-01-01T00:01:00Z");
-    assert!(of(&pod(value), &Standing::Absent, HERE, second(0)).let_go);
+    assert!(of(&pod(value), &Standing::Absent, HERE, second(0), second(0)).let_go);
 }
 
 #[test]
 fn a_deletion_is_notice_and_the_stop_comes_with_the_pods_grace_before_its_end() {
     let running = here(SandboxState::Running, &[0]);
-    let early = of(&deleted(60), &running, HERE, second(10));
+    let early = of(&deleted(60), &running, HERE, second(0), second(10));
     assert_eq!(early.stop, None);
     assert_eq!(early.again, Some(second(40)));
     assert_eq!(early.notice.map(|n| n.deadline), Some(second(60)));
     assert!(!early.let_go);
-    let due = of(&deleted(60), &running, HERE, second(41));
+    let due = of(&deleted(60), &running, HERE, second(0), second(41));
     assert_eq!(due.stop, Some(Duration::from_secs(19)));
-    let late = of(&deleted(60), &running, HERE, second(99));
+    let late = of(&deleted(60), &running, HERE, second(0), second(99));
     assert_eq!(late.stop, Some(Duration::ZERO));
     // It is under way: nothing hastens it again.
     let stopping = of(
         &deleted(60),
         &here(SandboxState::Stopping, &[0]),
         HERE,
+        second(0),
         second(99),
     );
     assert_eq!((stopping.stop, stopping.let_go), (None, false));
@@ -179,9 +185,9 @@ fn a_deletion_is_notice_and_the_stop_comes_with_the_pods_grace_before_its_end() 
 
 #[test]
 fn a_claim_is_let_go_when_nothing_is_left_and_only_after_a_fence_if_nothing_was() {
-    let ended = of(&deleted(60), &Standing::Ended, HERE, second(0));
+    let ended = of(&deleted(60), &Standing::Ended, HERE, second(0), second(0));
     assert_eq!((ended.fence, ended.let_go), (false, true));
-    let absent = of(&deleted(60), &Standing::Absent, HERE, second(0));
+    let absent = of(&deleted(60), &Standing::Absent, HERE, second(0), second(0));
     assert_eq!((absent.fence, absent.let_go), (true, true));
     for state in [
         SandboxState::Preparing,
@@ -189,7 +195,7 @@ fn a_claim_is_let_go_when_nothing_is_left_and_only_after_a_fence_if_nothing_was(
         SandboxState::Stopped,
     ] {
         assert!(
-            !of(&deleted(60), &here(state, &[0]), HERE, second(99)).let_go,
+            !of(&deleted(60), &here(state, &[0]), HERE, second(0), second(99)).let_go,
             "{state:?}"
         );
     }
@@ -197,5 +203,42 @@ fn a_claim_is_let_go_when_nothing_is_left_and_only_after_a_fence_if_nothing_was(
         status: None,
         grace: Duration::ZERO,
     };
-    assert!(!of(&deleted(60), &admitted, HERE, second(99)).let_go);
+    assert!(!of(&deleted(60), &admitted, HERE, second(0), second(99)).let_go);
+}
+
+#[test]
+fn a_pod_has_its_own_grace_from_when_its_claims_deletion_was_seen_whatever_the_hosts_clock_says() {
+    let running = here(SandboxState::Running, &[0]);
+    // An hour ahead, or away for an hour.
+    let first = of(&deleted(60), &running, HERE, second(3600), second(3600));
+    assert_eq!(first.notice.map(|n| n.deadline), Some(second(3620)));
+    assert_eq!(first.stop, Some(Duration::from_secs(20)));
+    let later = of(&deleted(60), &running, HERE, second(3600), second(3615));
+    assert_eq!(later.stop, Some(Duration::from_secs(5)));
+    // Whoever grants less means it.
+    let mut hasty = deleted(60);
+    hasty.metadata.deletion_grace_period_seconds = Some(1);
+    let duty = of(&hasty, &running, HERE, second(3600), second(3600));
+    assert_eq!(duty.stop, Some(Duration::from_secs(1)));
+}
+
+#[test]
+fn a_claim_of_another_release_is_not_failed_under_its_sandbox_and_its_deletion_is_notice() {
+    let mut value = bound();
+    value["spec"]["hostNetwork"] = json!(true);
+    assert_eq!(
+        subject(&pod(value.clone())),
+        Some(("acme".parse().unwrap(), key()))
+    );
+    let running = here(SandboxState::Running, &[0]);
+    let duty = of(&pod(value.clone()), &running, HERE, second(0), second(0));
+    assert_eq!(duty, Duty::default());
+    value["metadata"]["deletionTimestamp"] = json!(second(60).to_string());
+    value["metadata"]["deletionGracePeriodSeconds"] = json!(60);
+    let duty = of(&pod(value.clone()), &running, HERE, second(0), second(41));
+    assert_eq!(duty.stop, Some(Duration::from_secs(19)));
+    assert!(duty.notice.is_some() && duty.status.is_none() && !duty.let_go);
+    // Nothing came of it: it goes, and no start that is under way finds room.
+    let duty = of(&pod(value), &Standing::Absent, HERE, second(0), second(41));
+    assert!(duty.fence && duty.let_go && duty.status.is_some());
 }
