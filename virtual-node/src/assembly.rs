@@ -28,7 +28,7 @@ use crate::{
     mesh,
     node::{self, Offer, Registration},
     placement::{Cell, Placer},
-    pod::{self, Directory, Supervisor, driver::Tools, translate::NodeFacts},
+    pod::{self, Directory, Supervisor, budget::Budgets, driver::Tools, translate::NodeFacts},
     pool::{self, HostTable, Membership, Named, Pool},
     pool_tls::PoolTls,
 };
@@ -180,6 +180,7 @@ impl Assembly {
             facts: facts(&setup.cluster, identity, hosts, offer),
             node: node.clone(),
             metrics: pod_metrics,
+            budgets: Budgets::default(),
         });
         let (directory, queries) = Directory::new();
         let pods = pod::watch_pods(client.clone(), &setup.node_name);

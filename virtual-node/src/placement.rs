@@ -53,6 +53,9 @@ pub struct Placement {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Placements {
     pub pods: BTreeMap<PodUid, Placement>,
+    /// The other attempts of pods that are being handed over from one host to another:
+    /// they run, too, and are nobody's address.
+    pub beside: BTreeMap<PodUid, Placement>,
     /// Whether the records of all pods that were there when this process started
     /// have been read. Before that, absent is not gone.
     pub complete: bool,
@@ -76,6 +79,14 @@ pub(crate) struct Ask {
     pub(crate) grace: Duration,
 }
 
+/// Which of a pod's attempts it is about: there are two in a handover.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Seat {
+    /// The one that the pod's status tells of.
+    Pod,
+    Beside,
+}
+
 /// What a claim came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Claimed {
@@ -88,6 +99,9 @@ pub(crate) enum Claimed {
     Lost,
 }
 
+const QUOTA_EXCEEDED: &str = "QuotaExceeded";
+const CLAIM_REFUSED: &str = "ClaimRefused";
+
 /// What a claim waits for, in words for the tenant.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Waiting {
@@ -97,6 +111,11 @@ pub(crate) struct Waiting {
 }
 
 impl Waiting {
+    /// There is no room for it in the tenant's quota, or the cell does not take it.
+    pub(crate) fn is_refusal(&self) -> bool {
+        [QUOTA_EXCEEDED, CLAIM_REFUSED].contains(&self.reason)
+    }
+
     fn for_room() -> Self {
         Self {
             reason: "WaitingForRoom",
@@ -113,14 +132,14 @@ impl Waiting {
 
     fn for_quota(message: impl Into<String>) -> Self {
         Self {
-            reason: "QuotaExceeded",
+            reason: QUOTA_EXCEEDED,
             message: message.into(),
         }
     }
 
     fn refused(message: impl Into<String>) -> Self {
         Self {
-            reason: "ClaimRefused",
+            reason: CLAIM_REFUSED,
             message: message.into(),
         }
     }
@@ -133,6 +152,8 @@ const REQUESTS: usize = 256;
 #[derive(Clone)]
 pub(crate) struct Placer {
     requests: mpsc::Sender<Request>,
+    /// Two attempts of a pod may have room at once.
+    overlaps: bool,
 }
 
 enum Request {
@@ -142,6 +163,7 @@ enum Request {
     },
     Claim {
         pod: PodUid,
+        seat: Seat,
         attempt: Attempt,
         ask: Box<Ask>,
         arrival: Arrival,
@@ -150,8 +172,17 @@ enum Request {
     },
     Hold {
         pod: PodUid,
+        seat: Seat,
         ask: Box<Ask>,
         placement: Placement,
+        published: oneshot::Sender<()>,
+    },
+    /// The attempt beside the pod's is the pod's now, and the other way round.
+    Exchange {
+        pod: PodUid,
+        ask: Box<Ask>,
+        placement: Placement,
+        beside: Placement,
         published: oneshot::Sender<()>,
     },
     /// Its status is about to say that it is over.
@@ -166,6 +197,7 @@ enum Request {
     },
     Release {
         pod: PodUid,
+        seat: Seat,
     },
     Refused {
         pod: PodUid,
@@ -188,7 +220,8 @@ impl Placer {
         let (requests, receiver) = mpsc::channel(REQUESTS);
         let (board, placements) = Board::new();
         tokio::spawn(listed::Task::new(board, quota).run(receiver, hosts));
-        (Self { requests }, placements)
+        let overlaps = false;
+        (Self { requests, overlaps }, placements)
     }
 
     /// Starts the placer by claims in a cell. It ends when all clones are dropped.
@@ -199,7 +232,13 @@ impl Placer {
         let (requests, receiver) = mpsc::channel(REQUESTS);
         let (board, placements) = Board::new();
         tokio::spawn(cell::Task::new(cell, board).run(receiver, hosts));
-        (Self { requests }, placements)
+        let overlaps = true;
+        (Self { requests, overlaps }, placements)
+    }
+
+    /// Whether a second attempt of a pod can have room while the first runs.
+    pub(crate) fn overlaps(&self) -> bool {
+        self.overlaps
     }
 
     /// The pods that were there when the process started. Once the driver of each
@@ -214,6 +253,7 @@ impl Placer {
     pub(crate) async fn claim(
         &self,
         pod: PodUid,
+        seat: Seat,
         attempt: Attempt,
         ask: Ask,
         arrival: Arrival,
@@ -222,6 +262,7 @@ impl Placer {
         let (answer, answered) = oneshot::channel();
         let request = Request::Claim {
             pod,
+            seat,
             attempt,
             ask: Box::new(ask),
             arrival,
@@ -233,12 +274,28 @@ impl Placer {
     }
 
     /// The pod runs there, or may. Returns once that is published.
-    pub(crate) async fn hold(&self, pod: PodUid, ask: Ask, placement: Placement) {
+    pub(crate) async fn hold(&self, pod: PodUid, seat: Seat, ask: Ask, placement: Placement) {
         let (published, done) = oneshot::channel();
         let request = Request::Hold {
             pod,
+            seat,
             ask: Box::new(ask),
             placement,
+            published,
+        };
+        if self.requests.send(request).await.is_ok() {
+            let _gone = done.await.is_err();
+        }
+    }
+
+    /// A handover has switched. Returns once that is published, both at once.
+    pub(crate) async fn exchange(&self, pod: PodUid, ask: Ask, placement: Placement, beside: Placement) {
+        let (published, done) = oneshot::channel();
+        let request = Request::Exchange {
+            pod,
+            ask: Box::new(ask),
+            placement,
+            beside,
             published,
         };
         if self.requests.send(request).await.is_ok() {
@@ -265,9 +322,10 @@ impl Placer {
         let _gone = self.requests.send(request).await.is_err();
     }
 
-    /// Nothing of the pod is on any host (any more).
-    pub(crate) async fn release(&self, pod: PodUid) {
-        let _gone = self.requests.send(Request::Release { pod }).await.is_err();
+    /// Nothing of that attempt is on any host (any more).
+    pub(crate) async fn release(&self, pod: PodUid, seat: Seat) {
+        let request = Request::Release { pod, seat };
+        let _gone = self.requests.send(request).await.is_err();
     }
 }
 

@@ -17,6 +17,7 @@
 //! sees fewer steps, never a stale one, and holds nobody up.
 
 pub(crate) mod admission;
+pub(crate) mod budget;
 pub(crate) mod driver;
 pub(crate) mod lifecycle;
 pub(crate) mod metrics;
@@ -24,6 +25,7 @@ pub(crate) mod record;
 pub(crate) mod references;
 pub(crate) mod resolve;
 pub(crate) mod status;
+pub(crate) mod surge;
 pub(crate) mod translate;
 
 use std::{
@@ -371,9 +373,11 @@ impl Supervisor {
         let Some(pod) = self.objects.get(&event.key.pod) else {
             return;
         };
-        if let Some(Record { place, .. }) = Record::of(pod)
-            && (place.host != *host || place.attempt != event.key.attempt)
-        {
+        let place = Place {
+            host: host.clone(),
+            attempt: event.key.attempt,
+        };
+        if Record::of(pod).is_some_and(|record| !record.names(&place)) {
             debug!(%host, key = %event.key, "an event of a host that the pod is not on was dropped");
             return;
         }

@@ -2,7 +2,8 @@
 //! hosts of the pool.
 //!
 //! What always holds: a host is granted an identity only while an enrolled pod with
-//! that service account is placed on it, in its current attempt. So a host that was
+//! that service account is placed on it, in its current attempt or in the other one of a
+//! handover. So a host that was
 //! taken over has the identities of the pods it runs, and no others. A refusal names
 //! the host and the identity, and is logged once.
 
@@ -83,12 +84,16 @@ pub fn decide(
             trust_domain: trust_domain.to_owned(),
         });
     }
-    let placed = placements.pods.values().any(|pod| {
-        pod.enrolled
-            && pod.host == host
-            && pod.namespace.as_str() == identity.namespace()
-            && pod.service_account.as_str() == identity.service_account()
-    });
+    let placed = placements
+        .pods
+        .values()
+        .chain(placements.beside.values())
+        .any(|pod| {
+            pod.enrolled
+                && pod.host == host
+                && pod.namespace.as_str() == identity.namespace()
+                && pod.service_account.as_str() == identity.service_account()
+        });
     if placed {
         Ok(())
     } else if placements.complete {

@@ -1,6 +1,6 @@
 //! The services over real TLS on loopback, as a host's mesh runtime meets them.
 
-use std::{future::Future, io, time::Duration};
+use std::{collections::BTreeMap, future::Future, io, time::Duration};
 
 use envoy_types::pb::{
     envoy::service::discovery::v3::{
@@ -69,6 +69,7 @@ fn placements() -> Placements {
     };
     Placements {
         pods: [(PodUid::parse("uid", "u-1").unwrap(), web)].into(),
+        beside: BTreeMap::new(),
         complete: true,
     }
 }

@@ -1,7 +1,10 @@
 //! What is told of all placements, and when they count as complete. Owned by the
 //! placer's task, whichever it is.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use pool_agent_api::PodUid;
 use tokio::sync::watch;
@@ -59,14 +62,36 @@ impl Board {
     }
 
     pub(super) fn publish(&mut self, pod: &PodUid, placement: Option<Placement>) {
-        if self.placements.pods.get(pod) == placement.as_ref() {
+        let beside = self.placements.beside.get(pod).cloned();
+        self.publish_both(pod, placement, beside);
+    }
+
+    pub(super) fn publish_beside(&mut self, pod: &PodUid, beside: Option<Placement>) {
+        let placement = self.placements.pods.get(pod).cloned();
+        self.publish_both(pod, placement, beside);
+    }
+
+    /// At once: nobody sees the one without the other.
+    pub(super) fn publish_both(
+        &mut self,
+        pod: &PodUid,
+        placement: Option<Placement>,
+        beside: Option<Placement>,
+    ) {
+        let now = &self.placements;
+        if now.pods.get(pod) == placement.as_ref() && now.beside.get(pod) == beside.as_ref() {
             return;
         }
         let placements = Arc::make_mut(&mut self.placements);
-        match placement {
-            Some(placement) => placements.pods.insert(pod.clone(), placement),
-            None => placements.pods.remove(pod),
-        };
+        set(&mut placements.pods, pod, placement);
+        set(&mut placements.beside, pod, beside);
         self.published.send_replace(self.placements.clone());
     }
+}
+
+fn set(all: &mut BTreeMap<PodUid, Placement>, pod: &PodUid, placement: Option<Placement>) {
+    match placement {
+        Some(placement) => all.insert(pod.clone(), placement),
+        None => all.remove(pod),
+    };
 }

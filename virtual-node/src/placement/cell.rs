@@ -27,7 +27,7 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use super::{
-    Ask, Claimed, Request, Waiting,
+    Ask, Claimed, Request, Seat, Waiting,
     board::Board,
     claims::{Claims, Effect},
     image, quota,
@@ -55,8 +55,9 @@ const PER_QUOTA_CHANGE: usize = 16;
 /// How often claims that nobody has asked for are looked into.
 const SWEEP: Duration = Duration::from_secs(30);
 /// From the notice of a claim's end to its sandbox's stop, on top of the pod's own
-/// grace: for telling, stopping, and the status that says so.
-const HANDOVER: Duration = Duration::from_secs(30);
+/// grace: for the next attempt to become ready, or for disruption budgets to allow a
+/// stop. Half of the two minutes that a spot machine is told before it goes.
+const HANDOVER: Duration = Duration::from_secs(60);
 
 /// Where the claims are made, and what is shared with the rest of the process.
 pub(crate) struct Cell {
@@ -193,6 +194,7 @@ impl Task {
             Request::Expect { pods } => self.board.expect(pods),
             Request::Claim {
                 pod,
+                seat,
                 attempt,
                 ask,
                 answer,
@@ -200,7 +202,9 @@ impl Task {
                 // The cell's own quota admits, and a claim beyond it waits.
                 arrival: _,
             } => {
-                self.board.publish(&pod, None);
+                if seat == Seat::Pod {
+                    self.board.publish(&pod, None);
+                }
                 self.retries.remove(&pod);
                 let key = SandboxKey {
                     pod: pod.clone(),
@@ -209,7 +213,7 @@ impl Task {
                 match self.claim(key, *ask) {
                     Ok(claim) => {
                         self.asking.insert(pod.clone(), Asking { answer, waiting });
-                        let effects = self.claims.want(claim);
+                        let effects = self.claims.want(seat, claim);
                         self.perform(effects);
                     }
                     // The driver may have ended meanwhile.
@@ -219,32 +223,63 @@ impl Task {
             }
             Request::Hold {
                 pod,
+                seat,
                 placement,
                 published,
                 ..
             } => {
                 self.stop_asking(&pod);
-                let effects = self.claims.keep(&pod, placement.attempt, placement.host.clone());
-                self.board.publish(&pod, Some(placement));
+                let effects = self
+                    .claims
+                    .keep(seat, &pod, placement.attempt, placement.host.clone());
+                match seat {
+                    Seat::Pod => self.board.publish(&pod, Some(placement)),
+                    Seat::Beside => self.board.publish_beside(&pod, Some(placement)),
+                }
                 let _gone = published.send(()).is_err();
                 self.perform(effects);
                 self.board.tells(pod);
+            }
+            Request::Exchange {
+                pod,
+                placement,
+                beside,
+                published,
+                ..
+            } => {
+                let effects = self.claims.exchange(
+                    &pod,
+                    (placement.attempt, placement.host.clone()),
+                    (beside.attempt, beside.host.clone()),
+                );
+                self.board.publish_both(&pod, Some(placement), Some(beside));
+                let _gone = published.send(()).is_err();
+                self.perform(effects);
             }
             // The cell counts claims, and knows from their hosts which are over.
             Request::Finished { .. } => {}
             Request::Leave { pod, host, attempt } => {
                 self.stop_asking(&pod);
                 self.board.publish(&pod, None);
-                let effects = self.claims.keep(&pod, attempt, host);
+                let effects = self.claims.keep(Seat::Pod, &pod, attempt, host);
                 self.perform(effects);
                 self.board.tells(pod);
             }
             // The next attempt is another claim; nobody passes a host over but the
             // scheduler.
-            Request::Refused { pod, .. } | Request::Release { pod } => {
+            Request::Release {
+                pod,
+                seat: Seat::Beside,
+            } => {
+                self.stop_asking(&pod);
+                self.board.publish_beside(&pod, None);
+                let effects = self.claims.release(Seat::Beside, &pod);
+                self.perform(effects);
+            }
+            Request::Refused { pod, .. } | Request::Release { pod, .. } => {
                 self.stop_asking(&pod);
                 self.board.publish(&pod, None);
-                let effects = self.claims.release(&pod);
+                let effects = self.claims.release(Seat::Pod, &pod);
                 self.perform(effects);
                 self.board.tells(pod);
             }

@@ -8,6 +8,9 @@
 //!     └───── the next attempt ◀── Lost                                Delete ◀┘
 //! ```
 //!
+//! A pod has two claims while it is handed over from one host to another; only one of
+//! them is asked for at a time.
+//!
 //! What always holds:
 //! - a claim is created only for what a driver wants now, under that attempt's name;
 //! - a claim is deleted only when its driver has said that nothing is left of its
@@ -27,7 +30,7 @@ use pool_agent_api::{Attempt, HostName, Namespace, PodName, PodUid, SandboxKey};
 use pool_cell::{Claim, NotAClaim, Placed, names};
 use tracing::warn;
 
-use super::Waiting;
+use super::{Seat, Waiting};
 use crate::pool::Named;
 
 #[derive(Debug, Clone, PartialEq)]
@@ -110,6 +113,8 @@ struct Misshapen {
 pub(super) struct Claims {
     node_name: String,
     wants: BTreeMap<PodUid, Want>,
+    /// The same for the other attempt of a handover.
+    beside: BTreeMap<PodUid, Want>,
     seen: BTreeMap<PodUid, BTreeMap<Attempt, Seen>>,
     misshapen: BTreeMap<PodUid, BTreeMap<Attempt, Misshapen>>,
     /// The newest version that the watch has told: what was read before is older than
@@ -131,6 +136,7 @@ impl Claims {
         Self {
             node_name,
             wants: BTreeMap::new(),
+            beside: BTreeMap::new(),
             seen: BTreeMap::new(),
             misshapen: BTreeMap::new(),
             told: 0,
@@ -144,7 +150,7 @@ impl Claims {
 
     // ---- what drivers say
 
-    pub(super) fn want(&mut self, claim: Claim) -> Vec<Effect> {
+    pub(super) fn want(&mut self, seat: Seat, claim: Claim) -> Vec<Effect> {
         let pod = claim.key.pod.clone();
         let want = Want::Room {
             claim,
@@ -152,27 +158,70 @@ impl Claims {
             answered: false,
             told: None,
         };
-        self.wants.insert(pod.clone(), want);
+        self.sit(seat, pod.clone(), want);
         self.settle(&pod)
     }
 
-    pub(super) fn keep(&mut self, pod: &PodUid, attempt: Attempt, host: HostName) -> Vec<Effect> {
-        let unclaimed = matches!(
-            self.wants.get(pod),
-            Some(Want::Kept { attempt: same, unclaimed: true, .. }) if *same == attempt
-        );
-        let want = Want::Kept {
-            attempt,
-            host,
-            unclaimed,
-        };
-        self.wants.insert(pod.clone(), want);
+    pub(super) fn keep(&mut self, seat: Seat, pod: &PodUid, attempt: Attempt, host: HostName) -> Vec<Effect> {
+        let want = self.kept(pod, attempt, host);
+        self.sit(seat, pod.clone(), want);
         self.settle(pod)
     }
 
-    pub(super) fn release(&mut self, pod: &PodUid) -> Vec<Effect> {
-        self.wants.insert(pod.clone(), Want::Nothing);
+    /// Both at once: neither claim is nobody's in between.
+    pub(super) fn exchange(
+        &mut self,
+        pod: &PodUid,
+        placed: (Attempt, HostName),
+        beside: (Attempt, HostName),
+    ) -> Vec<Effect> {
+        let placed = self.kept(pod, placed.0, placed.1);
+        let beside = self.kept(pod, beside.0, beside.1);
+        self.sit(Seat::Pod, pod.clone(), placed);
+        self.sit(Seat::Beside, pod.clone(), beside);
         self.settle(pod)
+    }
+
+    pub(super) fn release(&mut self, seat: Seat, pod: &PodUid) -> Vec<Effect> {
+        self.sit(seat, pod.clone(), Want::Nothing);
+        self.settle(pod)
+    }
+
+    fn kept(&self, pod: &PodUid, attempt: Attempt, host: HostName) -> Want {
+        let unclaimed = self.wants_of(pod).any(
+            |want| matches!(want, Want::Kept { attempt: same, unclaimed: true, .. } if *same == attempt),
+        );
+        Want::Kept {
+            attempt,
+            host,
+            unclaimed,
+        }
+    }
+
+    fn sit(&mut self, seat: Seat, pod: PodUid, want: Want) {
+        match seat {
+            Seat::Pod => self.wants.insert(pod, want),
+            Seat::Beside => self.beside.insert(pod, want),
+        };
+    }
+
+    fn wants_of(&self, pod: &PodUid) -> impl Iterator<Item = &Want> {
+        self.wants.get(pod).into_iter().chain(self.beside.get(pod))
+    }
+
+    fn wants_of_mut(&mut self, pod: &PodUid) -> impl Iterator<Item = &mut Want> {
+        let beside = self.beside.get_mut(pod);
+        self.wants.get_mut(pod).into_iter().chain(beside)
+    }
+
+    /// What is being asked for. One at a time.
+    fn asked_for(&mut self, pod: &PodUid) -> Option<&mut Want> {
+        self.wants_of_mut(pod)
+            .find(|want| matches!(want, Want::Room { .. }))
+    }
+
+    fn is_known(&self, pod: &PodUid) -> bool {
+        self.wants.contains_key(pod) || self.beside.contains_key(pod)
     }
 
     // ---- what the cell says
@@ -199,7 +248,13 @@ impl Claims {
             }
         }
         self.new_host |= !std::mem::replace(&mut self.listed, true);
-        let pods: BTreeSet<PodUid> = self.wants.keys().cloned().chain(self.pods()).collect();
+        let pods: BTreeSet<PodUid> = self
+            .wants
+            .keys()
+            .chain(self.beside.keys())
+            .cloned()
+            .chain(self.pods())
+            .collect();
         effects.extend(pods.iter().flat_map(|pod| self.settle(pod)));
         effects
     }
@@ -254,7 +309,7 @@ impl Claims {
             unconfirmed,
         };
         attempts.insert(key.attempt, seen);
-        if let Some(Want::Room { asked, claim, .. }) = self.wants.get_mut(&key.pod)
+        if let Some(Want::Room { asked, claim, .. }) = self.asked_for(&key.pod)
             && claim.key == key
         {
             *asked = false;
@@ -271,7 +326,9 @@ impl Claims {
             warn!(error = %wrong, name = pod.metadata.name, "a Pod among the claims is none");
             return vec![];
         };
-        let wanted = self.wants.get(&key.pod).and_then(Want::attempt) == Some(key.attempt);
+        let wanted = self
+            .wants_of(&key.pod)
+            .any(|want| want.attempt() == Some(key.attempt));
         if annotation(names::NODE).as_deref() != Some(self.node_name.as_str()) && !wanted {
             return vec![];
         }
@@ -325,7 +382,7 @@ impl Claims {
     /// The cell did not create it, for the reason that is told; it is asked again
     /// with [`Self::again`].
     pub(super) fn not_created(&mut self, key: &SandboxKey, why: Waiting) -> Vec<Effect> {
-        match self.wants.get_mut(&key.pod) {
+        match self.asked_for(&key.pod) {
             Some(Want::Room { claim, .. }) if claim.key == *key => self.tell(&key.pod, why),
             _ => vec![],
         }
@@ -337,7 +394,7 @@ impl Claims {
     }
 
     pub(super) fn again(&mut self, pod: &PodUid) -> Vec<Effect> {
-        if let Some(Want::Room { asked, .. }) = self.wants.get_mut(pod) {
+        if let Some(Want::Room { asked, .. }) = self.asked_for(pod) {
             *asked = false;
         }
         let unconfirmed = self.seen.get(pod).into_iter().flatten();
@@ -357,39 +414,47 @@ impl Claims {
             return vec![];
         }
         self.forget(key);
-        match self.wants.get_mut(&key.pod) {
-            Some(Want::Kept {
-                attempt, unclaimed, ..
-            }) if *attempt == key.attempt => *unclaimed = true,
-            Some(Want::Room { claim, asked, .. }) if claim.key == *key => *asked = false,
-            _ => {}
+        for want in self.wants_of_mut(&key.pod) {
+            match want {
+                Want::Kept {
+                    attempt, unclaimed, ..
+                } if *attempt == key.attempt => *unclaimed = true,
+                Want::Room { claim, asked, .. } if claim.key == *key => *asked = false,
+                _ => {}
+            }
         }
         self.settle(&key.pod)
     }
 
     /// Whether it is not known if a claim is there that has to be known.
     pub(super) fn misses(&self, pod: &PodUid) -> bool {
-        match self.wants.get(pod) {
-            Some(Want::Kept {
-                attempt,
-                unclaimed: false,
-                ..
-            }) => !self.is_there(pod, *attempt),
-            _ => self
-                .seen
-                .get(pod)
-                .into_iter()
-                .flatten()
-                .any(|(_, s)| s.unconfirmed),
+        let mut kept = self
+            .wants_of(pod)
+            .filter_map(|want| match want {
+                Want::Kept {
+                    attempt,
+                    unclaimed: false,
+                    ..
+                } => Some(*attempt),
+                _ => None,
+            })
+            .peekable();
+        if kept.peek().is_some() {
+            return kept.any(|attempt| !self.is_there(pod, attempt));
         }
+        self.seen
+            .get(pod)
+            .into_iter()
+            .flatten()
+            .any(|(_, s)| s.unconfirmed)
     }
 
     /// A live read of the pod: it is gone, and nobody asks for its claim.
     pub(super) fn orphaned(&mut self, pod: &PodUid) -> Vec<Effect> {
-        if self.wants.contains_key(pod) {
+        if self.is_known(pod) {
             return vec![];
         }
-        self.release(pod)
+        self.release(Seat::Pod, pod)
     }
 
     // ---- what the pool says
@@ -404,6 +469,7 @@ impl Claims {
         let waiting: Vec<PodUid> = self
             .wants
             .iter()
+            .chain(&self.beside)
             .filter(|(_, want)| matches!(want, Want::Room { answered: false, .. }))
             .map(|(pod, _)| pod.clone())
             .collect();
@@ -424,7 +490,7 @@ impl Claims {
         });
         let orphans = seen
             .chain(misshapen)
-            .filter(|(key, _, _)| !self.wants.contains_key(&key.pod))
+            .filter(|(key, _, _)| !self.is_known(&key.pod))
             .map(|(key, namespace, name)| Effect::LookForPod { key, namespace, name });
         // The watch tells of what is there within moments.
         let unconfirmed = self.keys().into_iter().filter(|key| {
@@ -453,7 +519,7 @@ impl Claims {
                 hosts.insert(host.clone(), self.agents.get(host).copied());
             }
         }
-        for (pod, want) in &self.wants {
+        for (pod, want) in self.wants.iter().chain(&self.beside) {
             // Bound there once. Until it is certain that it is no more, it may be.
             if let Want::Kept {
                 attempt,
@@ -522,7 +588,7 @@ impl Claims {
 
     /// Once for each new thing to say.
     fn tell(&mut self, pod: &PodUid, waiting: Waiting) -> Vec<Effect> {
-        match self.wants.get_mut(pod) {
+        match self.asked_for(pod) {
             Some(Want::Room { told, .. }) if told.as_ref() != Some(&waiting) => {
                 *told = Some(waiting.clone());
                 vec![Effect::Tell(pod.clone(), waiting)]
@@ -533,27 +599,32 @@ impl Claims {
 
     /// What is to be done for a pod, given what is wanted and what there is.
     fn settle(&mut self, pod: &PodUid) -> Vec<Effect> {
-        let Some(want) = self.wants.get(pod) else {
+        if !self.is_known(pod) {
             return vec![];
-        };
-        let current = want.attempt();
+        }
+        let current: BTreeSet<Attempt> = self.wants_of(pod).filter_map(Want::attempt).collect();
         let mut effects = vec![];
         for (attempt, seen) in self.seen.get_mut(pod).into_iter().flatten() {
-            let stale = Some(*attempt) != current;
+            let stale = !current.contains(attempt);
             if stale && !seen.deleting && seen.placed.deletion.is_none() {
                 seen.deleting = true;
                 effects.push(Effect::Delete(key(pod, *attempt)));
             }
         }
         for (attempt, there) in self.misshapen.get_mut(pod).into_iter().flatten() {
-            let refused = match self.wants.get_mut(pod) {
-                Some(Want::Kept { attempt: kept, .. }) => kept != attempt,
+            let mut wants = self
+                .wants
+                .get_mut(pod)
+                .into_iter()
+                .chain(self.beside.get_mut(pod));
+            let refused = match wants.find(|want| want.attempt() == Some(*attempt)) {
+                Some(Want::Kept { .. }) => false,
                 Some(Want::Room {
-                    claim,
                     asked,
                     answered,
                     told,
-                }) if claim.key.attempt == *attempt => {
+                    ..
+                }) => {
                     if !*answered {
                         *asked = true;
                         let why = Waiting::refused(format!(
@@ -574,19 +645,30 @@ impl Claims {
                 effects.push(Effect::Delete(key(pod, *attempt)));
             }
         }
-        match self.wants.get(pod) {
-            Some(Want::Nothing) if !self.seen.contains_key(pod) && !self.misshapen.contains_key(pod) => {
-                self.wants.remove(pod);
+        let mut seeks = false;
+        for want in self.wants_of(pod) {
+            match want {
+                Want::Kept {
+                    attempt,
+                    unclaimed: false,
+                    ..
+                } if self.listed && !self.is_there(pod, *attempt) => {
+                    effects.push(Effect::Look(key(pod, *attempt)));
+                }
+                Want::Room { answered: false, .. } => seeks = true,
+                _ => {}
             }
-            Some(Want::Kept {
-                attempt,
-                unclaimed: false,
-                ..
-            }) if self.listed && !self.is_there(pod, *attempt) => {
-                effects.push(Effect::Look(key(pod, *attempt)));
-            }
-            Some(Want::Room { answered: false, .. }) => effects.extend(self.seek(pod)),
-            _ => {}
+        }
+        if seeks {
+            effects.extend(self.seek(pod));
+        }
+        let nothing = self.wants_of(pod).all(|want| matches!(want, Want::Nothing));
+        if matches!(self.beside.get(pod), Some(Want::Nothing)) && self.wants.contains_key(pod) {
+            self.beside.remove(pod);
+        }
+        if nothing && !self.seen.contains_key(pod) && !self.misshapen.contains_key(pod) {
+            self.wants.remove(pod);
+            self.beside.remove(pod);
         }
         effects
     }
@@ -598,7 +680,12 @@ impl Claims {
             asked,
             answered,
             ..
-        }) = self.wants.get_mut(pod)
+        }) = self
+            .wants
+            .get_mut(pod)
+            .into_iter()
+            .chain(self.beside.get_mut(pod))
+            .find(|want| matches!(want, Want::Room { .. }))
         else {
             return vec![];
         };

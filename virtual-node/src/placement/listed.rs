@@ -8,7 +8,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tracing::debug;
 
 use super::{
-    Ask, Claimed, Request, Shortage, Waiting,
+    Ask, Claimed, Request, Seat, Shortage, Waiting,
     admitted::Admitted,
     board::Board,
     table::{Answer, Table},
@@ -73,6 +73,11 @@ impl Task {
                 self.board.expect(pods);
                 self.admit_when_complete();
             }
+            // Never asked for here: a listed host gives nothing up. Whoever asks is told
+            // that nobody answers.
+            Request::Claim {
+                seat: Seat::Beside, ..
+            } => {}
             Request::Claim {
                 pod,
                 ask,
@@ -93,9 +98,32 @@ impl Task {
             }
             Request::Hold {
                 pod,
+                seat: Seat::Beside,
+                placement,
+                published,
+                ..
+            } => {
+                self.board.publish_beside(&pod, Some(placement));
+                let _gone = published.send(()).is_err();
+            }
+            Request::Exchange {
+                pod,
+                ask,
+                placement,
+                beside,
+                published,
+            } => {
+                let answers = self.table.hold(pod.clone(), *ask, placement.host.clone());
+                self.board.publish_both(&pod, Some(placement), Some(beside));
+                let _gone = published.send(()).is_err();
+                self.answer(answers);
+            }
+            Request::Hold {
+                pod,
                 ask,
                 placement,
                 published,
+                ..
             } => {
                 self.waiting.remove(&pod);
                 self.admitting.remove(&pod);
@@ -114,7 +142,11 @@ impl Task {
             }
             Request::Finished { pod } => self.admitted.finish(&pod),
             // What is left of it takes no room.
-            Request::Leave { pod, .. } | Request::Release { pod } => {
+            Request::Release {
+                pod,
+                seat: Seat::Beside,
+            } => self.board.publish_beside(&pod, None),
+            Request::Leave { pod, .. } | Request::Release { pod, .. } => {
                 self.waiting.remove(&pod);
                 self.admitting.remove(&pod);
                 self.admitted.release(&pod);

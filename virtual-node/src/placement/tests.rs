@@ -44,7 +44,9 @@ fn hosts() -> watch::Sender<HostTable> {
 async fn a_placement_is_published_before_it_may_be_used() {
     let hosts = hosts();
     let (placer, placements) = Placer::start(hosts.subscribe(), None);
-    placer.hold(uid("u-1"), ask(), placement("host-a")).await;
+    placer
+        .hold(uid("u-1"), Seat::Pod, ask(), placement("host-a"))
+        .await;
     assert_eq!(placements.borrow().pods[&uid("u-1")], placement("host-a"));
 }
 
@@ -52,11 +54,15 @@ async fn a_placement_is_published_before_it_may_be_used() {
 async fn placements_are_complete_once_every_pod_that_was_there_has_told_its_own() {
     let hosts = hosts();
     let (placer, mut placements) = Placer::start(hosts.subscribe(), None);
-    placer.hold(uid("u-1"), ask(), placement("host-a")).await;
+    placer
+        .hold(uid("u-1"), Seat::Pod, ask(), placement("host-a"))
+        .await;
     placer.expect(["u-1", "u-2", "u-3"].map(uid).into()).await;
-    placer.release(uid("u-2")).await;
+    placer.release(uid("u-2"), Seat::Pod).await;
     // A pod that is new may not stand in for one that was there.
-    placer.hold(uid("u-4"), ask(), placement("host-a")).await;
+    placer
+        .hold(uid("u-4"), Seat::Pod, ask(), placement("host-a"))
+        .await;
     assert!(!placements.borrow().complete);
     // One that is only about to be placed has told, too.
     let third = placer.clone();
@@ -64,7 +70,14 @@ async fn placements_are_complete_once_every_pod_that_was_there_has_told_its_own(
         {
             let (waiting, _) = watch::channel(None);
             third
-                .claim(uid("u-3"), Attempt::FIRST, ask(), Arrival::Before, waiting)
+                .claim(
+                    uid("u-3"),
+                    Seat::Pod,
+                    Attempt::FIRST,
+                    ask(),
+                    Arrival::Before,
+                    waiting,
+                )
                 .await
                 .is_ok()
         }
@@ -98,15 +111,19 @@ async fn beyond_the_quota_a_claim_is_refused_but_not_before_what_is_on_record_is
         let (waiting, _shown) = watch::channel(None);
         let new = Arrival::New { created: None };
         placer
-            .claim(uid("u-9"), Attempt::FIRST, ask(), new, waiting)
+            .claim(uid("u-9"), Seat::Pod, Attempt::FIRST, ask(), new, waiting)
             .await
     };
     let first = tokio::spawn(claim(placer.clone()));
     placer.expect(["u-1", "u-2", "u-9"].map(uid).into()).await;
-    placer.hold(uid("u-1"), ask(), placement("host-a")).await;
+    placer
+        .hold(uid("u-1"), Seat::Pod, ask(), placement("host-a"))
+        .await;
     tokio::time::sleep(Duration::from_secs(60)).await;
     assert!(!first.is_finished(), "u-2 has told nothing yet");
-    placer.hold(uid("u-2"), ask(), placement("host-a")).await;
+    placer
+        .hold(uid("u-2"), Seat::Pod, ask(), placement("host-a"))
+        .await;
     let Claimed::Never(refused) = first.await.unwrap().unwrap() else {
         panic!("it was admitted");
     };
@@ -115,7 +132,7 @@ async fn beyond_the_quota_a_claim_is_refused_but_not_before_what_is_on_record_is
         ("pods", Some(2), 2)
     );
     // A pod that finished makes room.
-    placer.release(uid("u-1")).await;
+    placer.release(uid("u-1"), Seat::Pod).await;
     let waiting = tokio::time::timeout(Duration::from_secs(60), claim(placer.clone())).await;
     assert!(waiting.is_err(), "it is admitted, and waits for a host");
 }

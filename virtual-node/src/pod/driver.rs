@@ -9,13 +9,15 @@
 //!
 //! Here is the loop and what leads from an event to an effect. What comes in is in
 //! [`object`] (the API server's) and [`reports`] (the hosts'); what goes out in
-//! [`room`], [`start`], [`end`], [`telling`] (the status) and [`upkeep`] (volumes).
+//! [`room`], [`start`], [`end`], [`handover`], [`telling`] (the status) and [`upkeep`]
+//! (volumes).
 //!
 //! What always holds: at most one piece of work and one status write are in
-//! flight; work whose stage has passed is dropped; a status write is refused by
+//! flight, and one that ends the other attempt of a handover; work whose stage has passed is dropped; a status write is refused by
 //! the API server for a later pod of the same name; every call has an end.
 
 mod end;
+mod handover;
 mod object;
 mod reports;
 mod retries;
@@ -40,15 +42,17 @@ use tracing::{Instrument, debug, info, info_span, warn};
 
 use self::{
     end::{forget, stop},
+    handover::Leaving,
     object::Look,
     reports::Synced,
     room::{Sought, Told},
-    start::{Preparation, Start},
+    start::{Preparation, RecordError, Start},
     telling::Telling,
     upkeep::Upkeep,
 };
 use super::{
     Heard, Inputs,
+    budget::Permit,
     lifecycle::{Effect, Event, Intent, Lifecycle, Place, Stage},
     record::Record,
     status::{Holdup, Verdict},
@@ -70,6 +74,7 @@ pub(crate) struct Tools {
     /// This node as the API server has it; None until it was first seen.
     pub(crate) node: watch::Receiver<Option<Arc<Node>>>,
     pub(crate) metrics: super::metrics::Metrics,
+    pub(crate) budgets: super::budget::Budgets,
 }
 
 /// How work ended.
@@ -84,6 +89,8 @@ enum Done {
     },
     Forgotten(Place),
     Removed,
+    /// None: nothing was to be written any more.
+    Switched(Box<Option<Result<Pod, RecordError>>>),
 }
 
 pub(crate) struct Driver {
@@ -108,9 +115,15 @@ pub(crate) struct Driver {
     holdup: Option<Holdup>,
 
     work: Option<BoxFuture<'static, Done>>,
+    /// The end of the other attempt of a handover.
+    second_work: Option<BoxFuture<'static, Done>>,
+    leaving: Option<Leaving>,
+    /// To be away for a while, of the tenant's disruption budgets.
+    permit: Option<Permit>,
     evictions: FuturesUnordered<BoxFuture<'static, Place>>,
     evicting: BTreeSet<Place>,
     room: Told,
+    room_beside: Told,
     /// Why it waits for a host, once that is worth telling.
     waiting: watch::Receiver<Option<Waiting>>,
     start: Start,
@@ -141,9 +154,13 @@ impl Driver {
             verdict: None,
             holdup: None,
             work: None,
+            second_work: None,
+            leaving: None,
+            permit: None,
             evictions: FuturesUnordered::new(),
             evicting: BTreeSet::new(),
             room: Told::Unsaid,
+            room_beside: Told::Nothing,
             waiting: nothing_to_wait_for(),
             start: Start::new(),
             telling: Telling::new(),
@@ -165,6 +182,7 @@ impl Driver {
     async fn drive(&mut self) {
         self.take_inputs();
         loop {
+            self.consider_leaving();
             self.settle_room().await;
             if self.is_without_host() {
                 continue;
@@ -192,6 +210,11 @@ impl Driver {
                     self.work = None;
                     self.take_done(done);
                 }
+                done = optional(&mut self.second_work) => {
+                    self.second_work = None;
+                    self.take_done(done);
+                }
+                asked = handover::asked(&mut self.leaving) => self.take_asked(asked),
                 Some(place) = self.evictions.next(), if !self.evictions.is_empty() => {
                     self.evicting.remove(&place);
                 }
@@ -240,6 +263,7 @@ impl Driver {
             Done::Stopped { known: true, .. } => {}
             Done::Stopped { place, known: false } => self.step(Event::StopUnknown(place)),
             Done::Forgotten(place) => self.step(Event::Forgotten(place)),
+            Done::Switched(written) => self.switched(*written),
             Done::Removed => {
                 info!("pod removed");
                 self.step(Event::Removed);
@@ -251,14 +275,24 @@ impl Driver {
         let before = self.lifecycle.clone();
         let (after, effects) = before.clone().step(event);
         self.lifecycle = after;
-        if before.stage() != self.lifecycle.stage() {
+        // The answer of work would be about a stage that has passed.
+        let stage_passed = before.stage() != self.lifecycle.stage();
+        let step_passed = before.handover() != self.lifecycle.handover();
+        let begins = |core: &Lifecycle| core.handover().is_some_and(|h| h.step.begins());
+        if stage_passed {
             debug!(from = ?before.stage(), to = ?self.lifecycle.stage(), "the pod moved on");
-            // Its answer would be about a stage that has passed.
-            self.work = None;
-            self.start.follow(self.lifecycle.stage());
             if !matches!(self.lifecycle.stage(), Stage::Claiming { .. }) {
                 self.waiting = nothing_to_wait_for();
             }
+        }
+        if step_passed {
+            debug!(from = ?before.handover(), to = ?self.lifecycle.handover(), "a handover moved on");
+            self.second_work = None;
+            self.follow_handover();
+        }
+        if stage_passed || step_passed && (begins(&before) || begins(&self.lifecycle)) {
+            self.work = None;
+            self.start.follow(&self.lifecycle);
         }
         for effect in effects {
             self.perform(effect);
@@ -272,14 +306,28 @@ impl Driver {
             Effect::Start { place, again } => self.start(place, again),
             Effect::Stop { place, grace } => {
                 info!(host = %place.host, attempt = %place.attempt, grace_seconds = grace.as_secs(), "stopping the pod");
-                self.work = Some(stop(pool, uid, place, grace).boxed());
+                if self.lifecycle.second() == Some(&place) {
+                    let linger = self.linger();
+                    let stopping = async move {
+                        sleep(linger).await;
+                        stop(pool, uid, place, grace).await
+                    };
+                    self.second_work = Some(stopping.boxed());
+                } else {
+                    self.work = Some(stop(pool, uid, place, grace).boxed());
+                }
             }
             Effect::Forget(place) => {
+                let second = self.lifecycle.second() == Some(&place);
                 let forgotten = async move {
                     forget(pool, uid, &place).await;
                     Done::Forgotten(place)
                 };
-                self.work = Some(forgotten.boxed());
+                if second {
+                    self.second_work = Some(forgotten.boxed());
+                } else {
+                    self.work = Some(forgotten.boxed());
+                }
             }
             Effect::Evict(place) => {
                 if self.evicting.insert(place.clone()) {
@@ -295,6 +343,7 @@ impl Driver {
                     self.evictions.push(evicted.boxed());
                 }
             }
+            Effect::Switch(_) => self.switch_after(Duration::ZERO),
             Effect::Remove => self.remove(),
         }
     }

@@ -28,12 +28,17 @@
 //!   if its host does not have it: the ask may still be on its way. A host that
 //!   stays silent holds its pods back; its operator fences it by taking it out
 //!   of the configuration.
+//! - **Two run only in a handover** ([`handover`]): of a pod whose owner allows it, on
+//!   notice of its host, with both on record.
 //! - **No host can claim a pod.** What a host reports is believed only of the
 //!   placement on record; any other is evicted.
 //! - The API object is removed only when nothing of it runs.
 
+mod handover;
+
 use std::time::Duration;
 
+pub(crate) use handover::{Beside, Handover, Leave, Step};
 use pool_agent_api::{Attempt, HostName, RefusalReason, status::SandboxState};
 
 /// What is wanted of the pod.
@@ -76,7 +81,7 @@ pub(crate) enum Stage {
     /// It may run there: an earlier process put it on record, and the host has
     /// not been heard since.
     Recorded { place: Place },
-    /// Nothing runs, nothing is asked for.
+    /// Nothing runs here, nothing is asked for (yet, if another attempt is not fenced).
     Vacant { next: Attempt },
     /// Room is being asked for.
     Claiming { next: Attempt },
@@ -90,7 +95,8 @@ pub(crate) enum Stage {
     Placed { place: Place },
     /// The host was told to stop it within `grace`.
     Stopping { place: Place, grace: Duration },
-    /// No process is left; logs and record are still there.
+    /// No process is left; logs and record are still there. Of a pod that is to run or
+    /// to be removed: until the other attempt takes it over, or is fenced.
     Stopped { place: Place },
     /// The host was told to forget it.
     Forgetting { place: Place },
@@ -115,6 +121,15 @@ pub(crate) enum Room<'a> {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Event {
     Intended(Intent),
+    /// The record names another attempt, too. Before [`Event::OnRecord`].
+    BesideOnRecord {
+        beside: Beside,
+        place: Place,
+        /// The pod's own.
+        grace: Duration,
+    },
+    /// The record names one that was fenced: its number is not given again.
+    WasBeside(Attempt),
     /// Where the object's record says that it was placed; None if it never was.
     OnRecord(Option<Place>),
     /// The placer holds room on a host.
@@ -133,11 +148,18 @@ pub(crate) enum Event {
         place: Place,
         state: SandboxState,
     },
-    /// It has to leave its host; it may run on another.
+    /// It has to leave its host; it may run on another. Told again while it is there.
     Noticed {
         place: Place,
         grace: Duration,
+        leave: Leave,
     },
+    /// Nobody has room for two attempts of it.
+    NoOverlap,
+    /// The next attempt of a handover could serve.
+    Ready(Place),
+    /// The next attempt is on record as the pod's placement, and the one before beside it.
+    Switched,
     /// A host that has told what it has does not have it, or is not of the pool.
     Missing(Place),
     /// The host does not know what it was told to stop.
@@ -158,6 +180,9 @@ pub(crate) enum Effect {
     Stop { place: Place, grace: Duration },
     /// Repeated until the host answers; answered by `Forgotten`.
     Forget(Place),
+    /// Put the next attempt on record as the pod's placement and tell its address, in
+    /// one write, which is repeated; answered by `Switched`.
+    Switch(Place),
     /// Of a placement that is not the current one: forget it, ask nothing more.
     Evict(Place),
     /// Write the final status and delete the object; answered by `Removed`.
@@ -168,6 +193,10 @@ pub(crate) enum Effect {
 pub(crate) struct Lifecycle {
     intent: Intent,
     stage: Stage,
+    /// The other attempt, if there is one.
+    handover: Option<Handover>,
+    /// The latest attempt that was put on record for a handover.
+    used: Option<Attempt>,
 }
 
 /// For what still runs when the pod's phase is final.
@@ -178,6 +207,8 @@ impl Lifecycle {
         Self {
             intent,
             stage: Stage::Unread,
+            handover: None,
+            used: None,
         }
     }
 
@@ -226,24 +257,45 @@ impl Lifecycle {
         }
     }
 
+    /// The same for the other attempt of a handover.
+    pub(crate) fn room_beside(&self) -> Room<'_> {
+        match self.handover.as_ref().map(|handover| &handover.step) {
+            None => Room::Nothing,
+            Some(Step::Claiming { next }) => Room::Wanted(*next),
+            Some(Step::Preparing { place }) => Room::Wanted(place.attempt),
+            Some(
+                Step::Starting { place }
+                | Step::Rising { place }
+                | Step::Switching { place }
+                | Step::Ending { place }
+                | Step::Fencing { place },
+            ) => Room::Held(place),
+        }
+    }
+
     /// An event that does not fit the stage is late and changes nothing.
     pub(crate) fn step(mut self, event: Event) -> (Self, Vec<Effect>) {
         match event {
             Event::Intended(intent) => self.intended(intent),
             Event::OnRecord(place) => self.on_record(place),
+            Event::BesideOnRecord { beside, place, grace } => self.found_beside(beside, place, grace),
+            Event::WasBeside(attempt) => {
+                self.used = self.used.max(Some(attempt));
+                self.stay()
+            }
             Event::Claimed(host) => match self.stage {
                 Stage::Claiming { next } => {
                     let place = Place { host, attempt: next };
                     let prepare = Effect::Prepare(place.clone());
                     self.to(Stage::Preparing { place }, [prepare])
                 }
-                _ => self.stay(),
+                _ => self.next_claimed(host),
             },
             Event::Lost(attempt) => match (&self.stage, attempt.next()) {
                 (Stage::Claiming { next }, Some(later)) if *next == attempt => {
                     self.to(Stage::Claiming { next: later }, [])
                 }
-                _ => self.stay(),
+                _ => self.next_lost(attempt),
             },
             Event::Prepared => match self.stage.clone() {
                 Stage::Preparing { place } => {
@@ -253,11 +305,11 @@ impl Lifecycle {
                     };
                     self.to(Stage::Starting { place, doubt: false }, [start])
                 }
-                _ => self.stay(),
+                _ => self.next_prepared(),
             },
             Event::Accepted => match self.stage.clone() {
                 Stage::Starting { place, .. } => self.placed(place),
-                _ => self.stay(),
+                _ => self.next_accepted(),
             },
             Event::Unanswered => match self.stage.clone() {
                 Stage::Starting { place, .. } if self.intent == Intent::Run => {
@@ -269,34 +321,27 @@ impl Lifecycle {
                 }
                 // It may run there: stop it there, and believe only what the host says.
                 Stage::Starting { place, .. } => self.placed(place),
-                _ => self.stay(),
+                _ => self.next_unanswered(),
             },
             Event::Refused(reason) => match self.stage.clone() {
                 Stage::Starting { place, doubt } => self.refused(place, doubt, reason),
                 Stage::Preparing { place } => self.after(&place),
-                _ => self.stay(),
+                _ => self.next_refused(reason),
             },
             Event::Seen { place, state } => self.seen(place, state),
-            Event::Noticed { place: at, grace } => match (self.intent, self.stage.clone()) {
-                // At most once: it ends here before it begins elsewhere.
-                (Intent::Run, Stage::Placed { place }) if place == at => {
-                    let stop = Effect::Stop {
-                        place: place.clone(),
-                        grace,
-                    };
-                    self.to(Stage::Stopping { place, grace }, [stop])
-                }
-                _ => self.stay(),
-            },
+            Event::Noticed { place, grace, leave } => self.noticed(&place, grace, leave),
+            Event::NoOverlap => self.without_overlap(),
+            Event::Ready(place) => self.next_ready(&place),
+            Event::Switched => self.switched(),
             Event::Missing(gone) => self.missing(&gone),
             Event::StopUnknown(at) => match self.stage.clone() {
                 // The host has never had it, or has lost it: fence it.
                 Stage::Stopping { place, .. } if place == at => self.forget(place),
-                _ => self.stay(),
+                _ => self.second_stop_unknown(&at),
             },
             Event::Forgotten(at) => match self.stage.clone() {
                 Stage::Forgetting { place } if place == at => self.after(&place),
-                _ => self.stay(),
+                _ => self.second_forgotten(&at),
             },
             Event::Removed => match self.stage.clone() {
                 Stage::Removing { place } => {
@@ -321,15 +366,16 @@ impl Lifecycle {
 
     /// `place` is fenced and nothing runs there.
     fn after(self, place: &Place) -> (Self, Vec<Effect>) {
-        match place.attempt.next() {
+        match self.attempt_after(place) {
             Some(next) => self.vacant(next),
             None => self.to(Stage::Over, []),
         }
     }
 
-    /// Nothing of it runs anywhere.
+    /// Nothing of it runs anywhere, but for the other attempt of a handover.
     fn vacant(self, next: Attempt) -> (Self, Vec<Effect>) {
         match self.intent {
+            _ if self.waits_for_second() => self.to(Stage::Vacant { next }, []),
             Intent::Reap => self.to(Stage::Over, []),
             Intent::Run => self.to(Stage::Claiming { next }, []),
             Intent::Finish => self.to(Stage::Vacant { next }, []),
@@ -353,12 +399,19 @@ impl Lifecycle {
     }
 
     /// It runs no more; its remains are there.
-    fn stopped(self, place: Place) -> (Self, Vec<Effect>) {
+    fn stopped(mut self, place: Place) -> (Self, Vec<Effect>) {
+        if self.intent == Intent::Run
+            && let Some(way_made) = self.makes_way(&place)
+        {
+            return way_made;
+        }
         match self.intent {
             // It was lost (its host restarted): a new attempt, once this one is fenced.
             Intent::Run | Intent::Reap => self.forget(place),
-            Intent::Delete { .. } => self.to(Stage::Removing { place: Some(place) }, [Effect::Remove]),
-            Intent::Finish => self.to(Stage::Stopped { place }, []),
+            Intent::Delete { .. } if !self.waits_for_second() => {
+                self.to(Stage::Removing { place: Some(place) }, [Effect::Remove])
+            }
+            Intent::Delete { .. } | Intent::Finish => self.to(Stage::Stopped { place }, []),
         }
     }
 
@@ -407,6 +460,20 @@ impl Lifecycle {
             return self.stay();
         }
         self.intent = intent;
+        let mut effects = self.give_up_next();
+        match intent {
+            Intent::Delete { grace } => effects.extend(self.hasten_former(grace)),
+            Intent::Reap => effects.extend(self.hasten_former(Duration::ZERO)),
+            Intent::Run | Intent::Finish => {}
+        }
+        let (this, more) = self.on_with_intent();
+        effects.extend(more);
+        (this, effects)
+    }
+
+    /// What the stage comes to, now that something else is wanted.
+    fn on_with_intent(self) -> (Self, Vec<Effect>) {
+        let intent = self.intent;
         match self.stage.clone() {
             Stage::Unread if intent == Intent::Reap => self.to(Stage::Over, []),
             Stage::Vacant { next } | Stage::Claiming { next } => self.vacant(next),
@@ -461,6 +528,9 @@ impl Lifecycle {
             return self.stay();
         }
         if self.place() != Some(&seen) {
+            if self.second() == Some(&seen) {
+                return self.second_seen(seen, state);
+            }
             // Fenced, given up, or claimed by a host that was never asked.
             return (self, vec![Effect::Evict(seen)]);
         }
@@ -480,7 +550,13 @@ impl Lifecycle {
     }
 
     /// Nothing of it is there. An ask may still be on its way, so it is fenced.
-    fn missing(self, gone: &Place) -> (Self, Vec<Effect>) {
+    fn missing(mut self, gone: &Place) -> (Self, Vec<Effect>) {
+        if self.intent == Intent::Run
+            && matches!(&self.stage, Stage::Placed { place } | Stage::Stopped { place } if place == gone)
+            && let Some(way_made) = self.makes_way(gone)
+        {
+            return way_made;
+        }
         match self.stage.clone() {
             Stage::Recorded { place }
             | Stage::Placed { place }
@@ -490,7 +566,7 @@ impl Lifecycle {
             {
                 self.forget(place)
             }
-            _ => self.stay(),
+            _ => self.second_missing(gone),
         }
     }
 }

@@ -5,6 +5,15 @@
 //! type: spindrift.dev/Placed  status: "True"  reason: Enrolled  message: attempt 2 on host-a
 //! ```
 //!
+//! In a handover the pod has another attempt, which is on record beside it. Once that
+//! is fenced, its number stays, so that it is not given again.
+//!
+//! ```text
+//! type: spindrift.dev/Handover  status: "True"  reason: Next    message: attempt 3 on host-b
+//! type: spindrift.dev/Handover  status: "True"  reason: Former  message: attempt 2 on host-a
+//! type: spindrift.dev/Handover  status: "False" reason: Over    message: attempt 2 on host-a
+//! ```
+//!
 //! Pure. The driver writes it before it asks the host, under the version of the
 //! object that it has read; the [`lifecycle`](super::lifecycle) believes no host
 //! that is not on it. Why it is here: docs/decisions/placements-on-record.md.
@@ -13,16 +22,28 @@ use k8s_openapi::api::core::v1::{Pod, PodCondition};
 use pool_agent_api::{Attempt, HostName, spec::MeshMode};
 use tracing::warn;
 
-use super::lifecycle::Place;
+use super::lifecycle::{Beside, Place};
 
 /// The condition's type.
 pub(crate) const CONDITION: &str = "spindrift.dev/Placed";
+
+/// The type of that of the other attempt.
+pub(crate) const HANDOVER: &str = "spindrift.dev/Handover";
+
+/// The other attempt of a handover.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Other {
+    pub(crate) place: Place,
+    /// None: it is fenced.
+    pub(crate) beside: Option<Beside>,
+}
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Record {
     pub(crate) place: Place,
     /// As it was when the pod was placed: labels that change later move no pod.
     pub(crate) mesh: MeshMode,
+    pub(crate) other: Option<Other>,
 }
 
 impl Record {
@@ -39,7 +60,17 @@ impl Record {
                 "a pod's placement on record cannot be understood"
             );
         }
-        parsed
+        let mut record = parsed?;
+        record.other = conditions
+            .iter()
+            .find(|c| c.type_ == HANDOVER)
+            .and_then(Other::parse);
+        Some(record)
+    }
+
+    /// The placement, or the other attempt, fenced or not.
+    pub(crate) fn names(&self, place: &Place) -> bool {
+        self.place == *place || self.other.as_ref().is_some_and(|other| other.place == *place)
     }
 
     fn parse(condition: &PodCondition) -> Option<Self> {
@@ -48,13 +79,11 @@ impl Record {
             UNMESHED => MeshMode::Unmeshed,
             _ => return None,
         };
-        let message = condition.message.as_deref()?;
-        let (attempt, host) = message.strip_prefix("attempt ")?.split_once(" on ")?;
-        let place = Place {
-            host: HostName::parse("host", host).ok()?,
-            attempt: Attempt::parse("attempt", attempt.parse().ok()?).ok()?,
-        };
-        Some(Self { place, mesh })
+        Some(Self {
+            place: placed(condition.message.as_deref()?)?,
+            mesh,
+            other: None,
+        })
     }
 
     /// The condition's reason.
@@ -67,9 +96,52 @@ impl Record {
 
     /// The condition's message.
     pub(crate) fn message(&self) -> String {
-        format!("attempt {} on {}", self.place.attempt, self.place.host)
+        message(&self.place)
     }
 }
+
+impl Other {
+    fn parse(condition: &PodCondition) -> Option<Self> {
+        let beside = match condition.reason.as_deref()? {
+            NEXT => Some(Beside::Next),
+            FORMER => Some(Beside::Former),
+            OVER => None,
+            _ => return None,
+        };
+        let place = placed(condition.message.as_deref()?)?;
+        Some(Self { place, beside })
+    }
+
+    /// The condition's reason.
+    pub(crate) fn reason(&self) -> &'static str {
+        match self.beside {
+            Some(Beside::Next) => NEXT,
+            Some(Beside::Former) => FORMER,
+            None => OVER,
+        }
+    }
+
+    /// The condition's message.
+    pub(crate) fn message(&self) -> String {
+        message(&self.place)
+    }
+}
+
+fn message(place: &Place) -> String {
+    format!("attempt {} on {}", place.attempt, place.host)
+}
+
+fn placed(message: &str) -> Option<Place> {
+    let (attempt, host) = message.strip_prefix("attempt ")?.split_once(" on ")?;
+    Some(Place {
+        host: HostName::parse("host", host).ok()?,
+        attempt: Attempt::parse("attempt", attempt.parse().ok()?).ok()?,
+    })
+}
+
+const NEXT: &str = "Next";
+const FORMER: &str = "Former";
+const OVER: &str = "Over";
 
 const ENROLLED: &str = "Enrolled";
 const UNMESHED: &str = "Unmeshed";
@@ -97,8 +169,37 @@ mod tests {
                     attempt: Attempt::parse("attempt", 12).unwrap(),
                 },
                 mesh,
+                other: None,
             };
             assert_eq!(Record::of(&pod(record.reason(), &record.message())), Some(record));
+        }
+    }
+
+    #[test]
+    fn the_other_attempt_of_a_handover_is_read_as_it_was_written() {
+        for beside in [Some(Beside::Next), Some(Beside::Former), None] {
+            let other = Other {
+                place: Place {
+                    host: "host-b".parse().unwrap(),
+                    attempt: Attempt::parse("attempt", 3).unwrap(),
+                },
+                beside,
+            };
+            let mut pod = pod("Enrolled", "attempt 2 on host-a");
+            pod.status
+                .as_mut()
+                .unwrap()
+                .conditions
+                .as_mut()
+                .unwrap()
+                .push(PodCondition {
+                    type_: HANDOVER.into(),
+                    status: "True".into(),
+                    reason: Some(other.reason().into()),
+                    message: Some(other.message()),
+                    ..PodCondition::default()
+                });
+            assert_eq!(Record::of(&pod).unwrap().other, Some(other));
         }
     }
 

@@ -163,6 +163,15 @@ pub(crate) fn status(observed: &Observed<'_>) -> PodStatus {
     next
 }
 
+/// As it was told.
+pub(crate) fn is_ready(status: &PodStatus) -> bool {
+    status
+        .conditions
+        .iter()
+        .flatten()
+        .any(|c| c.type_ == "Ready" && c.status == "True")
+}
+
 /// The host ended the pod for good, whatever its containers did.
 pub(crate) fn ended_by_host(sandbox: &SandboxStatus) -> bool {
     sandbox.state == SandboxState::Stopped
@@ -361,6 +370,7 @@ fn conditions(
     for condition in ours
         .into_iter()
         .chain(record.map(placed))
+        .chain(record.and_then(handed_over))
         .chain(found)
         .chain(disrupted(observed))
     {
@@ -373,6 +383,9 @@ fn conditions(
 pub(crate) fn on_record(mut status: PodStatus, record: &Record, pod: &Pod, now: Timestamp) -> PodStatus {
     let conditions = status.conditions.get_or_insert_default();
     set(conditions, placed(record), pod.metadata.generation, now);
+    if let Some(other) = handed_over(record) {
+        set(conditions, other, pod.metadata.generation, now);
+    }
     status
 }
 
@@ -405,6 +418,16 @@ fn placed(record: &Record) -> Condition {
         reason: record.reason(),
         message: record.message(),
     }
+}
+
+fn handed_over(record: &Record) -> Option<Condition> {
+    let other = record.other.as_ref()?;
+    Some(Condition {
+        kind: record::HANDOVER,
+        holds: other.beside.is_some(),
+        reason: other.reason(),
+        message: other.message(),
+    })
 }
 
 /// The reason of a pod that its host had to give up, and that may not run again; a

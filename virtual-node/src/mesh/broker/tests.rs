@@ -20,7 +20,8 @@ fn placement(on: &str, namespace: &str, account: &str, enrolled: bool) -> Placem
     }
 }
 
-/// `web` is placed on host-a, `db` on host-b, `plain` on host-a outside the mesh.
+/// `web` is placed on host-a, `db` on host-b and being handed over to host-c, `plain` on
+/// host-a outside the mesh.
 fn placements() -> Placements {
     let pods = [
         ("u-1", placement("host-a", "shop", "web", true)),
@@ -32,6 +33,11 @@ fn placements() -> Placements {
             .into_iter()
             .map(|(uid, placement)| (PodUid::parse("uid", uid).unwrap(), placement))
             .collect(),
+        beside: [(
+            PodUid::parse("uid", "u-2").unwrap(),
+            placement("host-c", "shop", "db", true),
+        )]
+        .into(),
         complete: true,
     }
 }
@@ -44,6 +50,18 @@ fn decided(on: &str, identity: &str, named: Option<&str>) -> Result<(), Refusal>
         DOMAIN,
         &placements(),
     )
+}
+
+#[test]
+fn both_hosts_of_a_handover_get_the_pods_identity_and_no_third() {
+    let db = "spiffe://cluster.local/ns/shop/sa/db";
+    for host in ["host-b", "host-c"] {
+        assert_eq!(decided(host, db, None), Ok(()), "{host}");
+    }
+    assert!(matches!(
+        decided("host-a", db, None),
+        Err(Refusal::NotPlaced { .. })
+    ));
 }
 
 #[test]

@@ -93,7 +93,7 @@ fn listed(pods: &[Pod]) -> Claims {
 fn a_claim_is_made_once_and_gives_room_where_it_is_bound_and_the_agent_is_in_reach() {
     let mut claims = listed(&[]);
     let one = claim("u-1", 1);
-    assert_eq!(claims.want(one.clone()), [Effect::Create(one.clone())]);
+    assert_eq!(claims.want(Seat::Pod, one.clone()), [Effect::Create(one.clone())]);
     let looks = Waiting::for_host("The pool's scheduler looks for a host");
     assert_eq!(claims.seen(&created(&one)), [Effect::Tell(uid("u-1"), looks)]);
     let reach = Waiting::for_host("A host was found for the pod, and is not in reach yet");
@@ -117,7 +117,7 @@ fn a_claim_is_made_once_and_gives_room_where_it_is_bound_and_the_agent_is_in_rea
 fn a_host_that_comes_into_reach_gives_room_to_those_that_wait_for_it() {
     let mut claims = listed(&[]);
     let one = claim("u-1", 1);
-    claims.want(one.clone());
+    claims.want(Seat::Pod, one.clone());
     claims.seen(&told(&one, "host-b"));
     assert!(claims.names_a_new_host());
     assert_eq!(
@@ -130,7 +130,7 @@ fn a_host_that_comes_into_reach_gives_room_to_those_that_wait_for_it() {
 fn the_schedulers_words_are_told_once() {
     let mut claims = listed(&[]);
     let one = claim("u-1", 1);
-    claims.want(one.clone());
+    claims.want(Seat::Pod, one.clone());
     let mut pod = created(&one);
     pod.status.get_or_insert_default().conditions = Some(vec![PodCondition {
         type_: "PodScheduled".into(),
@@ -147,7 +147,10 @@ fn the_schedulers_words_are_told_once() {
 fn a_claim_of_an_earlier_process_is_taken_over_and_not_made_again() {
     let one = claim("u-1", 1);
     let mut claims = listed(&[told(&one, "host-a")]);
-    assert_eq!(claims.want(one), [Effect::Room(uid("u-1"), host("host-a"))]);
+    assert_eq!(
+        claims.want(Seat::Pod, one),
+        [Effect::Room(uid("u-1"), host("host-a"))]
+    );
 }
 
 #[test]
@@ -166,10 +169,10 @@ fn a_claim_that_cannot_be_taken_over_is_deleted_and_the_attempt_is_lost() {
         let mut wanted = vec![Effect::Lost(uid("u-1"))];
         // One that ends already is not told again.
         wanted.extend((!ends).then(|| Effect::Delete(one.key.clone())));
-        assert_eq!(claims.want(one.clone()), wanted);
+        assert_eq!(claims.want(Seat::Pod, one.clone()), wanted);
         // The next one is made beside it.
         let two = claim("u-1", 2);
-        assert_eq!(claims.want(two.clone()), [Effect::Create(two)]);
+        assert_eq!(claims.want(Seat::Pod, two.clone()), [Effect::Create(two)]);
     }
 }
 
@@ -177,10 +180,16 @@ fn a_claim_that_cannot_be_taken_over_is_deleted_and_the_attempt_is_lost() {
 fn a_claim_is_deleted_when_nothing_is_left_of_its_attempt_and_only_once() {
     let one = claim("u-1", 1);
     let mut claims = listed(&[]);
-    claims.want(one.clone());
+    claims.want(Seat::Pod, one.clone());
     claims.seen(&told(&one, "host-a"));
-    assert_eq!(claims.keep(&uid("u-1"), attempt(1), host("host-a")), []);
-    assert_eq!(claims.release(&uid("u-1")), [Effect::Delete(one.key.clone())]);
+    assert_eq!(
+        claims.keep(Seat::Pod, &uid("u-1"), attempt(1), host("host-a")),
+        []
+    );
+    assert_eq!(
+        claims.release(Seat::Pod, &uid("u-1")),
+        [Effect::Delete(one.key.clone())]
+    );
     assert_eq!(claims.seen(&ending(told(&one, "host-a"))), []);
     // Until the agent has let it go, its host is one of ours.
     assert!(claims.hosts().hosts.contains_key(&host("host-a")));
@@ -193,8 +202,8 @@ fn a_claim_is_deleted_when_nothing_is_left_of_its_attempt_and_only_once() {
 fn one_that_was_made_for_a_pod_that_wants_it_no_more_is_deleted_as_it_appears() {
     let one = claim("u-1", 1);
     let mut claims = listed(&[]);
-    claims.want(one.clone());
-    claims.release(&uid("u-1"));
+    claims.want(Seat::Pod, one.clone());
+    claims.release(Seat::Pod, &uid("u-1"));
     // The driver is gone; what it asked for arrives.
     assert_eq!(claims.seen(&created(&one)), []);
     assert_eq!(
@@ -211,8 +220,11 @@ fn one_that_was_made_for_a_pod_that_wants_it_no_more_is_deleted_as_it_appears() 
 #[test]
 fn nothing_is_concluded_before_all_is_listed_and_only_a_live_read_says_that_a_claim_is_gone() {
     let mut claims = Claims::new(NODE.into());
-    assert_eq!(claims.keep(&uid("u-1"), attempt(3), host("host-a")), []);
-    assert_eq!(claims.want(claim("u-2", 1)), []);
+    assert_eq!(
+        claims.keep(Seat::Pod, &uid("u-1"), attempt(3), host("host-a")),
+        []
+    );
+    assert_eq!(claims.want(Seat::Pod, claim("u-2", 1)), []);
     assert!(!claims.hosts().complete);
     claims.begin_listing();
     let look = Effect::Look(key(&uid("u-1"), attempt(3)));
@@ -228,9 +240,9 @@ fn a_watch_that_begins_anew_keeps_what_is_there_and_drops_what_went_unseen() {
     let (one, two) = (claim("u-1", 1), claim("u-2", 1));
     let mut claims = listed(&[]);
     for claim in [&one, &two] {
-        claims.want(claim.clone());
+        claims.want(Seat::Pod, claim.clone());
         claims.seen(&told(claim, "host-a"));
-        claims.keep(&claim.key.pod, attempt(1), host("host-a"));
+        claims.keep(Seat::Pod, &claim.key.pod, attempt(1), host("host-a"));
     }
     claims.begin_listing();
     assert_eq!(claims.seen(&told(&one, "host-a")), []);
@@ -250,7 +262,7 @@ fn claims_of_the_tenants_other_nodes_are_left_alone() {
 fn a_name_that_is_taken_is_looked_at_and_a_creation_that_failed_is_made_again() {
     let one = claim("u-1", 1);
     let mut claims = listed(&[]);
-    claims.want(one.clone());
+    claims.want(Seat::Pod, one.clone());
     assert_eq!(claims.exists(&one.key), [Effect::Look(one.key.clone())]);
     assert_eq!(claims.looked_in_vain(&one.key), [Effect::Create(one.clone())]);
     let why = Waiting::for_quota("exceeded quota");
@@ -265,7 +277,7 @@ fn a_name_that_is_taken_is_looked_at_and_a_creation_that_failed_is_made_again() 
 fn a_claim_that_the_cell_changes_is_refused_in_words_deleted_and_asked_for_again_later() {
     let one = claim("u-1", 1);
     let mut claims = listed(&[]);
-    claims.want(one.clone());
+    claims.want(Seat::Pod, one.clone());
     let mut changed = created(&one);
     changed.spec.as_mut().unwrap().service_account_name = Some("theirs".into());
     let why = "The pool has changed what it was asked for: spec.serviceAccountName: is not as in a claim";
@@ -297,14 +309,20 @@ fn a_claim_of_another_release_is_left_where_its_pod_runs_and_deleted_when_nobody
     other.spec.as_mut().unwrap().priority_class_name = Some("not a name".into());
     // After a restart: the record says where the pod runs, the claim where its agent is.
     let mut claims = listed(&[other.clone()]);
-    assert_eq!(claims.keep(&uid("u-1"), attempt(1), host("host-b")), []);
+    assert_eq!(
+        claims.keep(Seat::Pod, &uid("u-1"), attempt(1), host("host-b")),
+        []
+    );
     assert!(!claims.misses(&uid("u-1")));
     assert_eq!(
         claims.hosts().hosts[&host("host-b")],
         Some(AGENT.parse().unwrap())
     );
     assert_eq!(claims.seen(&other), []);
-    assert_eq!(claims.release(&uid("u-1")), [Effect::Delete(one.key.clone())]);
+    assert_eq!(
+        claims.release(Seat::Pod, &uid("u-1")),
+        [Effect::Delete(one.key.clone())]
+    );
     assert_eq!(claims.deleted(&other), []);
     assert!(
         claims.wants.is_empty() && claims.misshapen.is_empty(),
@@ -320,10 +338,10 @@ fn a_claim_of_another_release_is_left_where_its_pod_runs_and_deleted_when_nobody
 fn an_answer_from_before_the_watch_told_that_the_claim_is_gone_brings_nothing_back() {
     let one = claim("u-1", 1);
     let mut claims = listed(&[]);
-    claims.want(one.clone());
+    claims.want(Seat::Pod, one.clone());
     let made = at(created(&one), 7);
     assert_eq!(claims.seen(&made).len(), 1);
-    claims.keep(&uid("u-1"), attempt(1), host("host-a"));
+    claims.keep(Seat::Pod, &uid("u-1"), attempt(1), host("host-a"));
     assert_eq!(
         claims.deleted(&at(made.clone(), 9)),
         [Effect::Look(one.key.clone())]
@@ -339,7 +357,7 @@ fn an_answer_from_before_the_watch_told_that_the_claim_is_gone_brings_nothing_ba
 fn an_answer_that_comes_while_the_watch_lists_anew_is_looked_into() {
     let one = claim("u-1", 1);
     let mut claims = listed(&[]);
-    claims.want(one.clone());
+    claims.want(Seat::Pod, one.clone());
     claims.begin_listing();
     claims.answered(&at(created(&one), 7));
     let look = Effect::Look(one.key.clone());
@@ -476,15 +494,15 @@ proptest! {
                 Step::Want(number) => {
                     last = Some((number, true));
                     answered = false;
-                    claims.want(claim("u-1", number))
+                    claims.want(Seat::Pod, claim("u-1", number))
                 }
                 Step::Keep(number) => {
                     last = Some((number, false));
-                    claims.keep(&pod, attempt(number), host("host-a"))
+                    claims.keep(Seat::Pod, &pod, attempt(number), host("host-a"))
                 }
                 Step::Release => {
                     last = None;
-                    claims.release(&pod)
+                    claims.release(Seat::Pod, &pod)
                 }
                 Step::Serve => {
                     asked.drain(..).for_each(|effect| cell.serve(effect));

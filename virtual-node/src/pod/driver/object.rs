@@ -10,8 +10,8 @@ use tracing::{info, warn};
 
 use super::{
     super::{
-        lifecycle::{Event, Intent, Stage},
-        record::Record,
+        lifecycle::{Event, Handover, Intent, Stage},
+        record::{Other, Record},
         status::Phase,
     },
     Driver, optional,
@@ -92,6 +92,19 @@ impl Driver {
             let found = Record::of(object);
             self.start.first = found.is_none();
             self.record.clone_from(&found);
+            if let Some(Other {
+                place,
+                beside: Some(beside),
+            }) = found.as_ref().and_then(|record| record.other.clone())
+            {
+                self.step(Event::BesideOnRecord {
+                    beside,
+                    place,
+                    grace: self.grace(),
+                });
+            } else if let Some(over) = found.as_ref().and_then(|record| record.other.as_ref()) {
+                self.step(Event::WasBeside(over.place.attempt));
+            }
             self.step(Event::OnRecord(found.map(|r| r.place)));
         } else if matches!(
             stage,
@@ -99,7 +112,18 @@ impl Driver {
         ) && let Some(found) = Record::of(object)
         {
             self.record = Some(found.clone());
+            // What is fenced since is fenced, whatever was written last.
+            self.follow_handover();
             self.step(Event::OnRecord(Some(found.place)));
+        } else if let Some((beside, second)) = self.lifecycle.handover().and_then(Handover::beside)
+            && let Some(found) = Record::of(object)
+            && Some(&found.place) == self.lifecycle.place()
+            && found
+                .other
+                .as_ref()
+                .is_some_and(|other| other.beside == Some(beside) && other.place == *second)
+        {
+            self.record = Some(found);
         }
     }
 

@@ -5,9 +5,8 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 use jiff::{SignedDuration, Timestamp};
 use pool_agent_api::{
     SandboxStatus,
-    status::{ContainerState, SandboxState, Severity},
+    status::{ContainerState, SandboxState},
 };
-use tracing::warn;
 
 use super::{
     super::{
@@ -44,7 +43,6 @@ impl Driver {
                 place: place.clone(),
                 state: status.state,
             });
-            self.heed_notice(place, &status);
         }
         let gone: Vec<Place> = before
             .into_keys()
@@ -57,7 +55,7 @@ impl Driver {
 
     /// A report that ends the pod is understood as such before the lifecycle
     /// could take a stopped sandbox for a lost one.
-    fn judge(&mut self, place: &Place, sandbox: &SandboxStatus) {
+    pub(super) fn judge(&mut self, place: &Place, sandbox: &SandboxStatus) {
         // One that has no container yet ends nothing: what is told of containers then is
         // of an attempt before.
         let judged = matches!(self.lifecycle.stage(), Stage::Forgetting { .. })
@@ -111,7 +109,7 @@ impl Driver {
     }
 
     /// The pod's own.
-    fn grace(&self) -> Duration {
+    pub(super) fn grace(&self) -> Duration {
         let spec = self.object.as_ref().and_then(|pod| pod.spec.as_ref());
         let seconds = spec
             .and_then(|spec| spec.termination_grace_period_seconds)
@@ -119,28 +117,8 @@ impl Driver {
         Duration::from_secs(seconds.unwrap_or(DEFAULT_GRACE))
     }
 
-    /// Its host has to give it up: a drain, a preemption, the pool's operator. It is
-    /// stopped, and starts on another host once nothing of it runs.
-    fn heed_notice(&mut self, place: Place, sandbox: &SandboxStatus) {
-        let Some(notice) = &sandbox.notice else { return };
-        if sandbox.state == SandboxState::Stopped
-            || self.lifecycle.intent() != Intent::Run
-            || !matches!(self.lifecycle.stage(), Stage::Placed { place: at } if *at == place)
-        {
-            return;
-        }
-        warn!(host = %place.host, attempt = %place.attempt, reason = notice.reason, "the pod has to leave its host");
-        let message = format!(
-            "The pod's host {} has to give it up: {}",
-            place.host, notice.reason
-        );
-        self.happened(Severity::Warning, "LeavingHost", &message);
-        let grace = self.grace();
-        self.step(Event::Noticed { place, grace });
-    }
-
     /// The host says that it has no such sandbox.
-    fn missing(&mut self, place: Place) {
+    pub(super) fn missing(&mut self, place: Place) {
         let ours = self.lifecycle.place() == Some(&place);
         if ours && self.lifecycle.intent() == Intent::Run && self.may_not_run_again() {
             self.conclude(Verdict {
@@ -197,6 +175,8 @@ impl Driver {
     /// host by it.
     pub(super) fn is_without_host(&mut self) -> bool {
         let gone = match self.lifecycle.stage() {
+            // Nothing runs there, and the other attempt is waited for.
+            Stage::Stopped { .. } if self.lifecycle.handover().is_some() => return false,
             Stage::Recorded { place }
             | Stage::Placed { place }
             | Stage::Stopping { place, .. }

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     event::{Happening, Object},
-    placement::{Arrival, Ask, Claimed, Placement, Shortage, Waiting},
+    placement::{Arrival, Ask, Claimed, Placement, Seat, Shortage, Waiting},
 };
 
 /// A pod that waits for room longer than this is told so.
@@ -58,6 +58,8 @@ pub(super) enum Sought {
     Never(Verdict),
     /// Not under this attempt.
     Lost(Attempt),
+    /// Not for two attempts at once.
+    NoOverlap,
     /// The process is stopping.
     Abandoned,
 }
@@ -71,6 +73,10 @@ impl Driver {
             self.tools.placer.refused(self.uid.clone(), host.clone()).await;
             self.room = Told::Nothing;
         }
+        if self.exchange(&pod).await {
+            return;
+        }
+        self.settle_beside(&pod).await;
         let room = match self.lifecycle.room() {
             Room::Nothing => Told::Nothing,
             Room::Wanted(attempt) => Told::Wanted(attempt),
@@ -81,11 +87,11 @@ impl Driver {
             return;
         }
         match &room {
-            Told::Wanted(attempt) => self.claim(&pod, *attempt),
+            Told::Wanted(attempt) => self.claim(&pod, Seat::Pod, *attempt),
             Told::Held(placement) => {
                 if let Ok(ask) = ask(&pod) {
                     let (uid, placement) = (self.uid.clone(), placement.clone());
-                    self.tools.placer.hold(uid, ask, placement).await;
+                    self.tools.placer.hold(uid, Seat::Pod, ask, placement).await;
                     if Phase::of(&pod).is_final() {
                         self.tools.placer.finished(self.uid.clone()).await;
                     }
@@ -96,15 +102,61 @@ impl Driver {
                 self.tools.placer.leave(self.uid.clone(), host, attempt).await;
             }
             Told::Nothing | Told::Unsaid | Told::Refused(_) => {
-                self.tools.placer.release(self.uid.clone()).await;
+                self.tools.placer.release(self.uid.clone(), Seat::Pod).await;
             }
         }
         self.room = room;
     }
 
-    /// None if the place is not the one on record, which cannot be.
+    /// What a switch comes to: both attempts change their seats at once.
+    async fn exchange(&mut self, pod: &Pod) -> bool {
+        let (Room::Held(place), Room::Held(beside)) = (self.lifecycle.room(), self.lifecycle.room_beside())
+        else {
+            return false;
+        };
+        let came = matches!(&self.room_beside, Told::Held(old) if old.host == place.host && old.attempt == place.attempt);
+        let placements = (self.placement(pod, place), self.placement(pod, beside));
+        let ((Some(placement), Some(beside)), Ok(ask)) = (placements, ask(pod)) else {
+            return false;
+        };
+        if !came {
+            return false;
+        }
+        let uid = self.uid.clone();
+        self.tools
+            .placer
+            .exchange(uid, ask, placement.clone(), beside.clone())
+            .await;
+        self.room = Told::Held(placement);
+        self.room_beside = Told::Held(beside);
+        true
+    }
+
+    async fn settle_beside(&mut self, pod: &Arc<Pod>) {
+        let room = match self.lifecycle.room_beside() {
+            Room::Wanted(attempt) => Told::Wanted(attempt),
+            Room::Held(place) => self.placement(pod, place).map_or(Told::Nothing, Told::Held),
+            Room::Nothing | Room::Left(_) => Told::Nothing,
+        };
+        if room == self.room_beside {
+            return;
+        }
+        match &room {
+            Told::Wanted(attempt) => self.claim(pod, Seat::Beside, *attempt),
+            Told::Held(placement) => {
+                if let Ok(ask) = ask(pod) {
+                    let (uid, placement) = (self.uid.clone(), placement.clone());
+                    self.tools.placer.hold(uid, Seat::Beside, ask, placement).await;
+                }
+            }
+            _ => self.tools.placer.release(self.uid.clone(), Seat::Beside).await,
+        }
+        self.room_beside = room;
+    }
+
+    /// None if the place is not on record, which cannot be.
     fn placement(&self, pod: &Pod, place: &Place) -> Option<Placement> {
-        let record = self.record.as_ref().filter(|r| r.place == *place)?;
+        let record = self.record.as_ref().filter(|r| r.names(place))?;
         Some(Placement {
             host: place.host.clone(),
             attempt: place.attempt,
@@ -115,7 +167,7 @@ impl Driver {
         })
     }
 
-    fn claim(&mut self, pod: &Arc<Pod>, attempt: Attempt) {
+    fn claim(&mut self, pod: &Arc<Pod>, seat: Seat, attempt: Attempt) {
         let (tools, uid, pod) = (self.tools.clone(), self.uid.clone(), pod.clone());
         // A pod that was placed before was admitted then.
         let arrival = match self.record {
@@ -125,7 +177,9 @@ impl Driver {
             },
         };
         let (show, shown) = watch::channel(None);
-        self.waiting = shown;
+        if seat == Seat::Pod {
+            self.waiting = shown;
+        }
         let seeking = async move {
             if arrival != Arrival::Before
                 && let Err(rejection) = admitted(&tools, &pod).await
@@ -142,10 +196,13 @@ impl Driver {
                 ask.runtime = handler;
             }
             let (why, waits) = watch::channel(None);
-            let mut claim = std::pin::pin!(tools.placer.claim(uid, attempt, ask, arrival, why));
+            let mut claim = std::pin::pin!(tools.placer.claim(uid, seat, attempt, ask, arrival, why));
             let claimed = tokio::select! {
                 claimed = &mut claim => claimed,
-                () = tell_of_waiting(&tools, &pod, waits, &show) => claim.await,
+                () = refused_for_good(waits.clone()), if seat == Seat::Beside => {
+                    return Done::Sought(Sought::NoOverlap);
+                }
+                () = tell_of_waiting(&tools, &pod, waits, &show), if seat == Seat::Pod => claim.await,
             };
             Done::Sought(match claimed {
                 Ok(Claimed::Room(host)) => {
@@ -157,6 +214,7 @@ impl Driver {
                     }
                     Sought::Room(host)
                 }
+                Ok(Claimed::Never(_) | Claimed::Unfit(_)) if seat == Seat::Beside => Sought::NoOverlap,
                 Ok(Claimed::Never(shortage)) => Sought::Never(out_of(&shortage)),
                 Ok(Claimed::Unfit(invalid)) => Sought::Never(unsupported(&invalid.into())),
                 Ok(Claimed::Lost) => Sought::Lost(attempt),
@@ -175,11 +233,21 @@ impl Driver {
     pub(super) fn sought(&mut self, sought: Sought) {
         self.waiting = nothing_to_wait_for();
         match sought {
+            Sought::NoOverlap => self.without_overlap(),
             Sought::Room(host) => self.step(Event::Claimed(host)),
             Sought::Never(verdict) => self.conclude(verdict),
             Sought::Lost(attempt) => self.step(Event::Lost(attempt)),
             Sought::Abandoned => {}
         }
+    }
+}
+
+/// Once the cell does not take the claim now: a handover does not wait for that.
+async fn refused_for_good(mut waits: watch::Receiver<Option<Waiting>>) {
+    let refused = |waiting: &Option<Waiting>| waiting.as_ref().is_some_and(|w| w.is_refusal());
+    if waits.wait_for(refused).await.is_err() {
+        // It is answered.
+        std::future::pending().await
     }
 }
 

@@ -20,8 +20,8 @@ use tracing::{debug, info, warn};
 
 use super::{
     super::{
-        lifecycle::{Event, Place, Stage},
-        record::Record,
+        lifecycle::{Beside, Event, Handover, Lifecycle, Place, Stage, Step},
+        record::{Other, Record},
         references::{Resolved, Token, TokenSlot},
         resolve::{Extent, ReadError, mesh_mode, resolve},
         status::{self, Holdup, Verdict},
@@ -62,12 +62,19 @@ impl Start {
         }
     }
 
+    /// Until a write is tried again.
+    pub(super) fn pause(&mut self) -> Duration {
+        self.retries.pause()
+    }
+
     /// Nothing of the tenant's is kept longer than a start needs it.
-    pub(super) fn follow(&mut self, stage: &Stage) {
+    pub(super) fn follow(&mut self, lifecycle: &Lifecycle) {
         let starting = matches!(
-            stage,
+            lifecycle.stage(),
             Stage::Claiming { .. } | Stage::Preparing { .. } | Stage::Starting { .. }
-        );
+        ) || lifecycle
+            .handover()
+            .is_some_and(|handover| handover.step.begins());
         if !starting {
             self.spec = None;
             self.resolved = None;
@@ -83,11 +90,13 @@ pub(super) struct Preparation {
 }
 
 #[derive(Debug, thiserror::Error)]
-enum RecordError {
+pub(super) enum RecordError {
     #[error(transparent)]
     Read(#[from] ReadError),
     #[error("cannot put a placement on record")]
     Write(#[from] kube::Error),
+    #[error("another placement is on record")]
+    Overtaken,
 }
 
 impl Driver {
@@ -103,20 +112,25 @@ impl Driver {
     }
 
     fn prepare_after(&mut self, delay: Duration) {
-        let (Some(pod), Stage::Preparing { place }) = (self.object.clone(), self.lifecycle.stage()) else {
+        let (Some(pod), Some(place)) = (self.object.clone(), self.preparing().cloned()) else {
             return;
         };
-        let place = place.clone();
         let recording = (!self.is_recorded(&place)).then(|| {
-            let recording = Recording {
-                client: self.tools.client.clone(),
-                uid: self.uid.clone(),
-                status: status::status(&self.observed(&pod)),
-                pod: pod.clone(),
-                place,
-                before: self.telling.take_writing(),
+            let status = status::status(&self.observed(&pod));
+            let entry = match (&self.record, self.is_second(&place)) {
+                (Some(record), true) => Entry::Beside(Record {
+                    other: Some(Other {
+                        place,
+                        beside: Some(Beside::Next),
+                    }),
+                    ..record.clone()
+                }),
+                (record, _) => Entry::Placed {
+                    place,
+                    other: record.as_ref().and_then(|r| r.other.clone()),
+                },
             };
-            recording.write()
+            self.recording(pod.clone(), status, entry).write()
         });
         let fresh = self
             .start
@@ -133,14 +147,57 @@ impl Driver {
         self.work = Some(preparing.boxed());
     }
 
+    /// The attempt that is being put on record and looked up.
+    fn preparing(&self) -> Option<&Place> {
+        match (self.lifecycle.stage(), self.lifecycle.handover()) {
+            (Stage::Preparing { place }, _) => Some(place),
+            (
+                _,
+                Some(Handover {
+                    step: Step::Preparing { place },
+                    ..
+                }),
+            ) => Some(place),
+            _ => None,
+        }
+    }
+
+    /// Whether it is the other attempt of a handover that begins.
+    fn is_second(&self, place: &Place) -> bool {
+        self.lifecycle
+            .handover()
+            .is_some_and(|handover| match &handover.step {
+                Step::Preparing { place: second } | Step::Starting { place: second } => second == place,
+                _ => false,
+            })
+    }
+
+    pub(super) fn recording(&mut self, pod: Arc<Pod>, status: PodStatus, entry: Entry) -> Recording {
+        Recording {
+            client: self.tools.client.clone(),
+            uid: self.uid.clone(),
+            status,
+            pod,
+            entry,
+            before: self.telling.take_writing(),
+        }
+    }
+
     /// A status write would be in the way of the record, which is for one version of
     /// the object, and says all that is known of the status itself.
     pub(super) fn is_being_recorded(&self) -> bool {
-        matches!(self.lifecycle.stage(), Stage::Preparing { place } if !self.is_recorded(place))
+        let switching = matches!(
+            self.lifecycle.handover(),
+            Some(Handover {
+                step: Step::Switching { .. },
+                ..
+            })
+        );
+        switching || self.preparing().is_some_and(|place| !self.is_recorded(place))
     }
 
     fn is_recorded(&self, place: &Place) -> bool {
-        self.record.as_ref().is_some_and(|r| r.place == *place)
+        self.record.as_ref().is_some_and(|r| r.names(place))
     }
 
     pub(super) fn prepared(&mut self, preparation: Preparation) {
@@ -173,11 +230,18 @@ impl Driver {
             return self.unprepared(&error);
         }
         // Unless the object that came back says that it is over.
-        let Stage::Preparing { place } = self.lifecycle.stage().clone() else {
+        let Some(place) = self.preparing().cloned() else {
             return;
         };
         match self.translated(&place) {
             Some(Ok(translated)) => self.ready_to_start(translated, &place),
+            // The one that serves goes on, and what is missing may come.
+            Some(Err(why)) if self.is_second(&place) => {
+                debug!(error = %why, "the next attempt of a handover waits for what it refers to");
+                self.start.resolved = None;
+                let delay = self.start.retries.pause();
+                self.prepare_after(delay);
+            }
             Some(Err(why @ Untranslatable::Unsupported(_))) => self.conclude(unsupported(&why)),
             Some(Err(why)) => self.hold_up(why),
             // What came back is not on record: somebody wrote over it at once.
@@ -191,7 +255,7 @@ impl Driver {
     /// None unless it is on record and everything is in hand.
     fn translated(&self, place: &Place) -> Option<Result<Translated, Untranslatable>> {
         let pod = self.object.as_ref()?;
-        let record = self.record.as_ref().filter(|r| r.place == *place)?;
+        let record = self.record.as_ref().filter(|r| r.names(place))?;
         let (resolved, _) = self.start.resolved.as_ref()?;
         let facts = self.tools.facts.borrow();
         Some(translate::translate(
@@ -211,7 +275,9 @@ impl Driver {
         self.start.spec = Some(translated.spec);
         if self.heard.borrow().is_silent(&place.host) {
             // Gone while the pod waited for something: it was not asked, so another may be.
-            self.room = Told::Refused(place.host.clone());
+            if !self.is_second(place) {
+                self.room = Told::Refused(place.host.clone());
+            }
             self.step(Event::Refused(RefusalReason::Unknown));
         } else {
             self.step(Event::Prepared);
@@ -302,7 +368,20 @@ impl Driver {
     }
 
     pub(super) fn started(&mut self, outcome: Result<Result<(), Refusal>, CallError>) {
+        let second = !matches!(self.lifecycle.stage(), Stage::Starting { .. });
         match outcome {
+            // Its volumes are looked after once it is the pod's placement.
+            Ok(Ok(())) if second => self.step(Event::Accepted),
+            // Whatever is wrong with it: it has another that serves.
+            Ok(Err(refusal)) if second => {
+                info!(reason = ?refusal.reason, detail = refusal.message, "the host refused a handover");
+                self.start.refused = true;
+                self.step(Event::Refused(refusal.reason));
+            }
+            Err(CallError::Invalid { message, .. }) if second => {
+                info!(detail = message, "the host does not take the spec of a handover");
+                self.step(Event::Refused(RefusalReason::Unsupported));
+            }
             Ok(Ok(())) => {
                 if let Some(spec) = &self.start.spec {
                     self.upkeep.host_has(&spec.volumes);
@@ -351,14 +430,24 @@ async fn read(
     resolve(&tools.client, &pod, &held, Extent::Start, Timestamp::now()).await
 }
 
+/// What is to be on record.
+pub(super) enum Entry {
+    /// A new placement; whether it is enrolled is decided now.
+    Placed { place: Place, other: Option<Other> },
+    /// The next attempt of a handover, beside the placement that there is.
+    Beside(Record),
+    /// That attempt as the placement, and the one before beside it.
+    Switched(Record),
+}
+
 /// A place to be put on record.
-struct Recording {
+pub(super) struct Recording {
     client: Client,
     uid: PodUid,
     pod: Arc<Pod>,
     /// As it is to be, but for the record.
     status: PodStatus,
-    place: Place,
+    entry: Entry,
     /// A status write that is still in flight.
     before: Option<Writing>,
 }
@@ -366,7 +455,7 @@ struct Recording {
 impl Recording {
     /// Written for the version that was read: if another process has placed the pod
     /// since, the API server refuses this with 409.
-    async fn write(self) -> Result<Pod, RecordError> {
+    pub(super) async fn write(self) -> Result<Pod, RecordError> {
         let mut known = self.pod;
         if let Some(before) = self.before
             && let Ok(written) = before.done.await
@@ -374,9 +463,19 @@ impl Recording {
         {
             known = Arc::new(written);
         }
-        let record = Record {
-            place: self.place,
-            mesh: mesh_mode(&self.client, &known).await?,
+        let record = match self.entry {
+            Entry::Placed { place, other } => Record {
+                place,
+                mesh: mesh_mode(&self.client, &known).await?,
+                other,
+            },
+            Entry::Beside(record) | Entry::Switched(record) => {
+                let found = Record::of(&known).map(|found| found.place);
+                if !found.is_some_and(|found| record.names(&found)) {
+                    return Err(RecordError::Overtaken);
+                }
+                record
+            }
         };
         let current = known.status.clone().unwrap_or_default();
         let wanted = status::on_record(self.status, &record, &known, Timestamp::now());

@@ -17,7 +17,7 @@ use super::{
     super::{
         HOST_GRACE,
         lifecycle::{Intent, Stage},
-        status::{self, Observed, Phase},
+        status::{self, Observed, Phase, is_ready},
     },
     Driver, api,
     object::is_gone,
@@ -117,7 +117,7 @@ impl Driver {
             None => self.telling.due = None,
             Some(_) => {
                 let urgent = wanted.phase != current.phase
-                    || ready(&wanted) != ready(&current)
+                    || is_ready(&wanted) != is_ready(&current)
                     || self.holdup.is_some()
                     || self.waiting.borrow().is_some()
                     || self.verdict.is_some();
@@ -154,7 +154,7 @@ impl Driver {
         let Some(patch) = self.difference(&pod, &wanted) else {
             return;
         };
-        if ready(&wanted) && !self.telling.was_ready {
+        if is_ready(&wanted) && !self.telling.was_ready {
             self.telling.was_ready = true;
             if self.start.first {
                 self.tools.metrics.started(self.born.elapsed());
@@ -200,12 +200,4 @@ impl Driver {
             }
         }
     }
-}
-
-fn ready(status: &PodStatus) -> bool {
-    status
-        .conditions
-        .iter()
-        .flatten()
-        .any(|c| c.type_ == "Ready" && c.status == "True")
 }

@@ -61,6 +61,13 @@ impl Upkeep {
         }
     }
 
+    /// The pod has another sandbox, of which nothing is known.
+    pub(super) fn begin_anew(&mut self) {
+        self.refreshing = None;
+        self.volumes = None;
+        self.hasten();
+    }
+
     pub(super) fn due(&self) -> Instant {
         self.due
     }

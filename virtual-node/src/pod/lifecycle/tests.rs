@@ -34,6 +34,14 @@ fn seen(i: usize, attempt: u32, state: SandboxState) -> Event {
     }
 }
 
+fn noticed(i: usize, attempt: u32, leave: Leave) -> Event {
+    Event::Noticed {
+        place: place(i, attempt),
+        grace: GRACE,
+        leave,
+    }
+}
+
 /// The first attempt is on record on host 0, and nothing else is known.
 fn on_record() -> Event {
     Event::OnRecord(Some(place(0, 1)))
@@ -335,10 +343,7 @@ fn a_host_cannot_claim_a_pod() {
 
 #[test]
 fn a_pod_that_has_to_leave_its_host_is_stopped_and_forgotten_there_before_it_has_another() {
-    let noticed = |i, attempt| Event::Noticed {
-        place: place(i, attempt),
-        grace: GRACE,
-    };
+    let noticed = |i, attempt| noticed(i, attempt, Leave::StopFirst);
     let running = [on_record(), seen(0, 1, SandboxState::Running)];
     let (core, _) = after(Intent::Run, &running);
     // Of another placement than the one on record it says nothing.
@@ -355,6 +360,195 @@ fn a_pod_that_has_to_leave_its_host_is_stopped_and_forgotten_there_before_it_has
     assert_eq!(effects, [Effect::Forget(place(0, 1))]);
     let (core, _) = core.step(Event::Forgotten(place(0, 1)));
     assert_eq!(core.room(), Room::Wanted(place(0, 2).attempt));
+}
+
+// ---- a handover
+
+fn handed_over(more: &[Event]) -> (Lifecycle, Vec<Effect>) {
+    let mut events = vec![
+        on_record(),
+        seen(0, 1, SandboxState::Running),
+        noticed(0, 1, Leave::HandOver),
+    ];
+    events.extend_from_slice(more);
+    after(Intent::Run, &events)
+}
+
+fn rising() -> Vec<Event> {
+    vec![Event::Claimed(host(1)), Event::Prepared, Event::Accepted]
+}
+
+fn switching() -> Vec<Event> {
+    let mut events = rising();
+    events.push(Event::Ready(place(1, 2)));
+    events
+}
+
+#[test]
+fn a_handover_starts_the_next_attempt_switches_when_it_is_ready_and_then_ends_the_former() {
+    let (core, effects) = handed_over(&[]);
+    assert_eq!((core.room(), effects.len()), (Room::Held(&place(0, 1)), 0));
+    assert_eq!(core.room_beside(), Room::Wanted(place(1, 2).attempt));
+    let (core, effects) = core.step(Event::Claimed(host(1)));
+    assert_eq!(effects, [Effect::Prepare(place(1, 2))]);
+    let (core, effects) = core.step(Event::Prepared);
+    let start = Effect::Start {
+        place: place(1, 2),
+        again: false,
+    };
+    assert_eq!(effects, [start]);
+    let (core, effects) = core.step(Event::Accepted);
+    assert_eq!(effects, []);
+    assert_eq!(core.place(), Some(&place(0, 1)), "the former serves until then");
+    let (core, effects) = core.step(Event::Ready(place(1, 2)));
+    assert_eq!(effects, [Effect::Switch(place(1, 2))]);
+    let (core, effects) = core.step(Event::Switched);
+    let stop = Effect::Stop {
+        place: place(0, 1),
+        grace: GRACE,
+    };
+    assert_eq!(effects, [stop]);
+    assert_eq!(core.room(), Room::Held(&place(1, 2)));
+    assert_eq!(core.room_beside(), Room::Held(&place(0, 1)));
+    let (core, effects) = core.step(seen(0, 1, SandboxState::Stopped));
+    assert_eq!(effects, [Effect::Forget(place(0, 1))]);
+    let (core, _) = core.step(Event::Forgotten(place(0, 1)));
+    assert_eq!(*core.stage(), Stage::Placed { place: place(1, 2) });
+    assert_eq!(core.room_beside(), Room::Nothing);
+}
+
+#[test]
+fn a_switch_happens_once_and_never_before_the_next_attempt_is_ready() {
+    let (core, _) = handed_over(&rising());
+    for early in [
+        Event::Switched,
+        Event::Ready(place(1, 1)),
+        Event::Ready(place(0, 1)),
+    ] {
+        let (now, effects) = core.clone().step(early.clone());
+        assert_eq!((now, effects.len()), (core.clone(), 0), "{early:?}");
+    }
+    let (core, _) = handed_over(&switching());
+    let (core, _) = core.step(Event::Switched);
+    for late in [
+        Event::Switched,
+        Event::Ready(place(1, 2)),
+        Event::Ready(place(0, 1)),
+    ] {
+        let (now, effects) = core.clone().step(late.clone());
+        assert_eq!((now, effects.len()), (core.clone(), 0), "{late:?}");
+    }
+}
+
+#[test]
+fn a_notice_to_the_next_attempt_does_not_make_three() {
+    let (core, _) = handed_over(&switching());
+    let (core, _) = core.step(Event::Switched);
+    let (core, effects) = core.step(noticed(1, 2, Leave::HandOver));
+    assert_eq!(effects, []);
+    assert_eq!(core.room_beside(), Room::Held(&place(0, 1)));
+}
+
+#[test]
+fn without_room_for_two_the_next_is_given_up_and_the_former_stopped_first() {
+    let stop = Effect::Stop {
+        place: place(0, 1),
+        grace: GRACE,
+    };
+    // Its own host has one attempt of a pod.
+    for event in [Event::Claimed(host(0)), Event::NoOverlap] {
+        let (core, effects) = handed_over(&[event]);
+        assert_eq!((core.room_beside(), effects.len()), (Room::Nothing, 0));
+        assert_eq!(core.room(), Room::Held(&place(0, 1)));
+        let (_, effects) = core.step(noticed(0, 1, Leave::StopFirst));
+        assert_eq!(effects, [stop.clone()]);
+    }
+    let mut events = rising();
+    events.push(Event::NoOverlap);
+    let (core, effects) = handed_over(&events);
+    assert_eq!(effects, [Effect::Forget(place(1, 2))]);
+    let (core, effects) = core.step(noticed(0, 1, Leave::StopFirst));
+    assert_eq!(effects, [stop]);
+    // Nothing begins before that one is fenced, too.
+    let (core, _) = core.step(seen(0, 1, SandboxState::Stopped));
+    let (core, _) = core.step(Event::Forgotten(place(0, 1)));
+    assert_eq!(core.room(), Room::Nothing);
+    let (core, _) = core.step(Event::Forgotten(place(1, 2)));
+    assert_eq!(core.room(), Room::Wanted(place(0, 3).attempt));
+}
+
+#[test]
+fn a_former_attempt_that_ends_by_itself_makes_way_for_the_next_without_waiting_for_readiness() {
+    let mut events = rising();
+    events.push(seen(0, 1, SandboxState::Stopped));
+    let (core, effects) = handed_over(&events);
+    assert_eq!(effects, [Effect::Switch(place(1, 2))]);
+    let (_, effects) = core.step(Event::Switched);
+    assert_eq!(effects, [Effect::Forget(place(0, 1))]);
+    // If nobody was asked yet, it is as without a handover.
+    let (_, effects) = handed_over(&[Event::Claimed(host(1)), seen(0, 1, SandboxState::Stopped)]);
+    assert_eq!(effects, [Effect::Forget(place(0, 1))]);
+}
+
+#[test]
+fn a_deletion_in_the_midst_of_a_handover_ends_both_attempts_before_the_object_goes() {
+    let delete = Event::Intended(Intent::Delete { grace: GRACE });
+    let stop = |i, attempt| Effect::Stop {
+        place: place(i, attempt),
+        grace: GRACE,
+    };
+    for mut events in [rising(), switching()] {
+        events.push(delete.clone());
+        let (core, effects) = handed_over(&events);
+        assert_eq!(effects, [Effect::Forget(place(1, 2)), stop(0, 1)]);
+        let (core, effects) = core.step(seen(0, 1, SandboxState::Stopped));
+        assert_eq!(effects, [], "the other may still run");
+        let (_, effects) = core.step(Event::Forgotten(place(1, 2)));
+        assert_eq!(effects, [Effect::Remove]);
+    }
+    let mut events = switching();
+    events.extend([Event::Switched, delete]);
+    let (core, effects) = handed_over(&events);
+    assert_eq!(effects, [stop(1, 2)]);
+    let (core, _) = core.step(seen(1, 2, SandboxState::Stopped));
+    let (core, effects) = core.step(seen(0, 1, SandboxState::Stopped));
+    assert_eq!(effects, [Effect::Forget(place(0, 1))]);
+    let (_, effects) = core.step(Event::Forgotten(place(0, 1)));
+    assert_eq!(effects, [Effect::Remove]);
+}
+
+#[test]
+fn a_process_that_finds_two_attempts_on_record_keeps_the_placement_and_ends_the_other() {
+    let beside = |beside, i, attempt| Event::BesideOnRecord {
+        beside,
+        place: place(i, attempt),
+        grace: GRACE,
+    };
+    let (core, effects) = after(Intent::Run, &[beside(Beside::Next, 1, 2)]);
+    assert_eq!(effects, [Effect::Forget(place(1, 2))]);
+    let (core, _) = core.step(on_record());
+    let (core, _) = core.step(seen(0, 1, SandboxState::Running));
+    assert_eq!(*core.stage(), Stage::Placed { place: place(0, 1) });
+    let (core, _) = core.step(Event::Forgotten(place(1, 2)));
+    // Its number is not used again.
+    let (core, _) = core.step(noticed(0, 1, Leave::HandOver));
+    assert_eq!(core.room_beside(), Room::Wanted(place(0, 3).attempt));
+
+    let (core, effects) = after(Intent::Run, &[beside(Beside::Former, 0, 1)]);
+    let stop = Effect::Stop {
+        place: place(0, 1),
+        grace: GRACE,
+    };
+    assert_eq!(effects, [stop]);
+    let (core, _) = core.step(Event::OnRecord(Some(place(1, 2))));
+    assert_eq!(core.room(), Room::Held(&place(1, 2)));
+    // Neither begins anew before the other is fenced.
+    let (core, _) = core.step(Event::Missing(place(1, 2)));
+    let (core, _) = core.step(Event::Forgotten(place(1, 2)));
+    assert_eq!(core.room(), Room::Nothing);
+    let (core, _) = core.step(Event::StopUnknown(place(0, 1)));
+    let (core, _) = core.step(Event::Forgotten(place(0, 1)));
+    assert_eq!(core.room(), Room::Wanted(place(0, 3).attempt));
 }
 
 // ---- the property, in a world of hosts, crashes and lost messages
@@ -438,6 +632,12 @@ enum Move {
     Fill(usize),
     /// Host `usize` has to give up what it has.
     Notice(usize),
+    /// What host `usize` runs could serve.
+    Serve(usize),
+    /// Nobody has room for two.
+    NoOverlap,
+    /// The end of a handover is written.
+    Tidy,
     Delete,
     Vanish,
     Finish,
@@ -459,7 +659,10 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
         1 => Just(Move::Crash),
         1 => host.clone().prop_map(Move::Reboot),
         1 => host.clone().prop_map(Move::Fill),
-        2 => host.prop_map(Move::Notice),
+        3 => host.clone().prop_map(Move::Notice),
+        4 => host.prop_map(Move::Serve),
+        1 => Just(Move::NoOverlap),
+        2 => Just(Move::Tidy),
         1 => Just(Move::Delete),
         1 => Just(Move::Vanish),
         1 => Just(Move::Finish),
@@ -467,26 +670,52 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
     prop::collection::vec(step, 0..80)
 }
 
+/// Which of the driver's hands holds it: a later effect of the same takes its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hand {
+    Work,
+    /// The end of the other attempt of a handover.
+    Second,
+    Free,
+}
+
+/// What the object says of its placement.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct OnObject {
+    placed: Option<Place>,
+    beside: Option<(Beside, Place)>,
+}
+
+impl OnObject {
+    fn names(&self, place: &Place) -> bool {
+        self.placed.as_ref() == Some(place) || self.beside.as_ref().is_some_and(|(_, other)| other == place)
+    }
+}
+
 #[derive(Debug)]
 struct World {
     agents: [Agent; HOSTS],
     core: Lifecycle,
-    queue: Vec<Effect>,
+    queue: Vec<(Hand, Effect)>,
     /// Starts that will arrive at their host some time, from any process.
     delayed: Vec<Place>,
     /// The object's record, and its version.
-    record: (Option<Place>, u32),
+    record: (OnObject, u32),
     /// The version that this process has read.
     read: u32,
     /// Every place that a start was sent to, by any process.
     asked: BTreeSet<Place>,
+    /// The latest attempt that was ever started.
+    latest: u32,
     /// Writes of the record that will arrive some time, and the versions they are for.
-    delayed_records: Vec<(Place, u32)>,
+    delayed_records: Vec<(OnObject, u32)>,
     /// What was reported to this process, by host.
     reported: BTreeMap<usize, u32>,
     /// What the API server wants.
     intent: Intent,
     object_exists: bool,
+    /// The pod's owner lets it overlap.
+    surge: bool,
 }
 
 fn index(host: &HostName) -> usize {
@@ -494,66 +723,143 @@ fn index(host: &HostName) -> usize {
 }
 
 impl World {
-    fn new() -> Self {
+    fn new(surge: bool) -> Self {
         let mut world = Self {
             agents: Default::default(),
             core: Lifecycle::new(Intent::Run),
             queue: vec![],
             delayed: vec![],
-            record: (None, 0),
+            record: (OnObject::default(), 0),
             read: 0,
             asked: BTreeSet::new(),
+            latest: 0,
             delayed_records: vec![],
             reported: BTreeMap::new(),
             intent: Intent::Run,
             object_exists: true,
+            surge,
         };
         world.step(Event::OnRecord(None));
         world
     }
 
     fn step(&mut self, event: Event) {
-        let before = self.core.stage().clone();
+        let before = self.core.clone();
         let (core, effects) = self.core.clone().step(event);
         self.core = core;
-        if before != *self.core.stage() {
-            // As the driver does: work of a stage that has passed is dropped.
-            self.queue.retain(|e| matches!(e, Effect::Evict(_)));
-        }
-        for effect in &effects {
-            if let Effect::Start { place, .. } = effect {
+        // As the driver does: work of a stage that has passed is dropped.
+        let stage_passed = before.stage() != self.core.stage();
+        let step_passed = before.handover() != self.core.handover();
+        let begins = |core: &Lifecycle| core.handover().is_some_and(|h| h.step.begins());
+        let work_passed = stage_passed || step_passed && (begins(&before) || begins(&self.core));
+        self.queue.retain(|(hand, _)| match hand {
+            Hand::Work => !work_passed,
+            Hand::Second => !step_passed,
+            Hand::Free => true,
+        });
+        for effect in effects {
+            if let Effect::Start { place, .. } = &effect {
                 self.asked.insert(place.clone());
             }
+            let hand = match &effect {
+                Effect::Stop { place, .. } | Effect::Forget(place) if self.core.second() == Some(place) => {
+                    Hand::Second
+                }
+                Effect::Evict(_) => Hand::Free,
+                _ => Hand::Work,
+            };
+            if hand != Hand::Free {
+                self.queue.retain(|(other, _)| *other != hand);
+            }
+            self.queue.push((hand, effect));
         }
-        self.queue.extend(effects);
         self.check();
     }
 
     fn check(&self) {
-        let running = self.agents.iter().filter(|a| a.runs()).count();
-        assert!(running <= 1, "two attempts run: {self:#?}");
-        if let Room::Held(place) = self.core.room()
-            && Some(place) != self.record.0.as_ref()
-        {
-            // What an identity is granted by. Only a write that a dead process never
-            // heard of, and so never acted on, may have come in between.
-            let unused = self.record.0.as_ref().is_some_and(|on| !self.asked.contains(on));
-            assert!(unused, "not on record: {self:#?}");
+        let running: Vec<Place> = (0..HOSTS)
+            .filter(|i| self.agents[*i].runs())
+            .filter_map(|i| Some(place(i, self.agents[i].sandbox?.0)))
+            .collect();
+        let most = if self.surge { 2 } else { 1 };
+        assert!(running.len() <= most, "{running:?} run: {self:#?}");
+        if running.len() == 2 {
+            let handed_over = running.iter().all(|place| self.record.0.names(place));
+            assert!(
+                handed_over,
+                "{running:?} run and are not both on record: {self:#?}"
+            );
+        }
+        for room in [self.core.room(), self.core.room_beside()] {
+            if let Room::Held(place) = room
+                && !self.record.0.names(place)
+            {
+                // What an identity is granted by. Only a write that a dead process never
+                // heard of, and so never acted on, may have come in between; or what is
+                // being fenced was written over.
+                let names = [&self.record.0.placed, &self.record.0.beside.clone().map(|b| b.1)];
+                let unused = names.into_iter().flatten().any(|on| !self.asked.contains(on));
+                let fencing = matches!(
+                    self.core.handover().map(|h| &h.step),
+                    Some(Step::Fencing { place: at }) if at == place
+                );
+                assert!(unused || fencing, "{place:?} is not on record: {self:#?}");
+            }
         }
     }
 
-    fn deliver(&mut self, effect: &Effect) -> Vec<Event> {
+    fn start_at(&mut self, place: &Place) -> Result<(), RefusalReason> {
+        let (i, attempt) = (index(&place.host), place.attempt.get());
+        let before = self.agents[i].sandbox;
+        let answer = self.agents[i].start(attempt);
+        if answer.is_ok() && before != self.agents[i].sandbox {
+            assert!(attempt >= self.latest, "{place:?} is older: {self:#?}");
+            self.latest = attempt;
+        }
+        answer
+    }
+
+    /// What a write of the lifecycle's would put on the object.
+    fn to_write(&self, effect: &Effect) -> Option<OnObject> {
+        let placed = self.core.place().cloned();
         match effect {
-            Effect::Prepare(place) => {
-                if self.write(place, self.read) {
-                    vec![Event::Prepared]
+            Effect::Prepare(place) if self.core.handover().is_some() => Some(OnObject {
+                placed,
+                beside: Some((Beside::Next, place.clone())),
+            }),
+            Effect::Prepare(place) => Some(OnObject {
+                placed: Some(place.clone()),
+                beside: None,
+            }),
+            Effect::Switch(place) => Some(OnObject {
+                placed: Some(place.clone()),
+                beside: placed.map(|former| (Beside::Former, former)),
+            }),
+            _ => None,
+        }
+    }
+
+    fn deliver(&mut self, hand: Hand, effect: &Effect) -> Vec<Event> {
+        match effect {
+            Effect::Prepare(_) | Effect::Switch(_) => {
+                let done = match effect {
+                    Effect::Prepare(_) => Event::Prepared,
+                    _ => Event::Switched,
+                };
+                let record = self.to_write(effect).unwrap();
+                if self.read == self.record.1 || self.record.0 == record {
+                    if self.record.0 != record {
+                        self.record = (record, self.read + 1);
+                    }
+                    self.read = self.record.1;
+                    vec![done]
                 } else {
                     // As the driver does: the newer version is read, and the write repeated.
-                    self.queue.push(effect.clone());
+                    self.queue.push((hand, effect.clone()));
                     self.read()
                 }
             }
-            Effect::Start { place, .. } => match self.agents[index(&place.host)].start(place.attempt.get()) {
+            Effect::Start { place, .. } => match self.start_at(place) {
                 Ok(()) => vec![Event::Accepted],
                 Err(reason) => vec![Event::Refused(reason)],
             },
@@ -589,19 +895,15 @@ impl World {
         }
     }
 
-    /// The API server takes a write that is for the version it has.
-    fn write(&mut self, place: &Place, version: u32) -> bool {
-        let taken = self.record.1 == version;
-        if taken {
-            self.record = (Some(place.clone()), version + 1);
-            self.read = self.record.1;
-        }
-        taken
-    }
-
     fn read(&mut self) -> Vec<Event> {
         self.read = self.record.1;
-        vec![Event::OnRecord(self.record.0.clone())]
+        let OnObject { placed, beside } = self.record.0.clone();
+        let beside = beside.map(|(beside, place)| Event::BesideOnRecord {
+            beside,
+            place,
+            grace: GRACE,
+        });
+        beside.into_iter().chain([Event::OnRecord(placed)]).collect()
     }
 
     fn report(&mut self, i: usize) {
@@ -614,7 +916,11 @@ impl World {
                     state,
                 });
                 if self.agents[i].notice {
-                    self.step(Event::Noticed { place, grace: GRACE });
+                    let leave = match self.surge {
+                        true => Leave::HandOver,
+                        false => Leave::StopFirst,
+                    };
+                    self.step(noticed(i, attempt, leave));
                 }
             }
             None => {
@@ -624,40 +930,49 @@ impl World {
             }
         }
         // As the driver does: what is not in all that a host has told is not there.
-        let expected = match self.core.stage().clone() {
-            Stage::Recorded { place } | Stage::Placed { place } | Stage::Stopping { place, .. } => place,
-            _ => return,
+        let main = match self.core.stage().clone() {
+            Stage::Recorded { place } | Stage::Placed { place } | Stage::Stopping { place, .. } => {
+                Some(place)
+            }
+            _ => None,
         };
-        let has = self.agents[i].sandbox.map(|(attempt, _)| attempt);
-        if index(&expected.host) == i && has != Some(expected.attempt.get()) {
-            self.step(Event::Missing(expected));
+        let second = match self.core.handover().map(|h| h.step.clone()) {
+            Some(Step::Rising { place } | Step::Ending { place }) => Some(place),
+            _ => None,
+        };
+        for expected in main.into_iter().chain(second) {
+            let has = self.agents[i].sandbox.map(|(attempt, _)| attempt);
+            if index(&expected.host) == i && has != Some(expected.attempt.get()) {
+                self.step(Event::Missing(expected));
+            }
         }
     }
 
     fn play(&mut self, step: Move) {
         match step {
             Move::Do if !self.queue.is_empty() => {
-                let effect = self.queue.remove(0);
-                for event in self.deliver(&effect) {
+                let (hand, effect) = self.queue.remove(0);
+                for event in self.deliver(hand, &effect) {
                     self.step(event);
                 }
             }
             Move::DoUnanswered | Move::Lose | Move::Delay => {
-                if let Some(Effect::Prepare(place)) = self.queue.first().cloned() {
+                let first = self.queue.first().map(|(_, effect)| effect.clone());
+                if let Some(record) = first.as_ref().and_then(|effect| self.to_write(effect)) {
                     // The writer never learns; it repeats, or dies.
                     match step {
                         Move::DoUnanswered if self.record.1 == self.read => {
-                            self.record = (Some(place), self.read + 1);
+                            self.record = (record, self.read + 1);
                         }
-                        Move::Delay => self.delayed_records.push((place, self.read)),
+                        Move::Delay => self.delayed_records.push((record, self.read)),
                         _ => {}
                     }
                 }
                 // Of calls to hosts, only starts are not simply repeated by the driver.
-                if let Some(Effect::Start { place, .. }) = self.queue.first().cloned() {
-                    let effect = self.queue.remove(0);
+                if let Some(Effect::Start { place, .. }) = first {
+                    let (hand, effect) = self.queue.remove(0);
                     match step {
-                        Move::DoUnanswered => drop(self.deliver(&effect)),
+                        Move::DoUnanswered => drop(self.deliver(hand, &effect)),
                         Move::Delay => self.delayed.push(place),
                         _ => {}
                     }
@@ -666,13 +981,13 @@ impl World {
             }
             Move::Arrive if !self.delayed.is_empty() => {
                 let place = self.delayed.remove(0);
-                let _late = self.agents[index(&place.host)].start(place.attempt.get()).is_ok();
+                let _late = self.start_at(&place).is_ok();
                 self.check();
             }
             Move::ArriveRecord if !self.delayed_records.is_empty() => {
-                let (place, version) = self.delayed_records.remove(0);
+                let (record, version) = self.delayed_records.remove(0);
                 if self.record.1 == version {
-                    self.record = (Some(place), version + 1);
+                    self.record = (record, version + 1);
                 }
             }
             Move::See if self.object_exists => {
@@ -680,8 +995,23 @@ impl World {
                     self.step(event);
                 }
             }
+            Move::Serve(i) => {
+                if let Some((attempt, SandboxState::Running)) = self.agents[i].sandbox {
+                    self.step(Event::Ready(place(i, attempt)));
+                }
+            }
+            Move::NoOverlap => self.step(Event::NoOverlap),
+            Move::Tidy => {
+                if self.core.handover().is_none() && self.core.place() == self.record.0.placed.as_ref() {
+                    self.record.0.beside = None;
+                    self.record.1 += 1;
+                    self.read = self.record.1;
+                }
+            }
             Move::Room(i) => {
-                if matches!(self.core.stage(), Stage::Claiming { .. }) {
+                if matches!(self.core.stage(), Stage::Claiming { .. })
+                    || matches!(self.core.handover(), Some(h) if matches!(h.step, Step::Claiming { .. }))
+                {
                     self.step(Event::Claimed(host(i)));
                 }
             }
@@ -704,7 +1034,7 @@ impl World {
             }
             Move::Claim(i, attempt) => {
                 let place = place(i, attempt);
-                if self.record.0.as_ref() != Some(&place) {
+                if !self.record.0.names(&place) {
                     let state = SandboxState::Running;
                     self.step(Event::Seen { place, state });
                 }
@@ -756,35 +1086,81 @@ impl World {
             self.play(Move::Room(round % HOSTS));
             for i in 0..HOSTS {
                 self.report(i);
+                self.play(Move::Serve(i));
             }
         }
     }
+}
+
+/// The world has come so far into a handover from host 0 to host 1.
+fn handing_over(steps: usize) -> World {
+    let mut world = World::new(true);
+    let all = [
+        Move::Room(0),
+        Move::Do,
+        Move::Do,
+        Move::Notice(0),
+        Move::Report(0),
+        Move::Room(1),
+        Move::Do,
+        Move::Do,
+        Move::Report(1),
+        Move::Serve(1),
+        Move::Do,
+        Move::Report(1),
+    ];
+    for step in all.into_iter().take(4 + steps) {
+        world.play(step);
+    }
+    if steps == 7 {
+        let switched = Stage::Placed { place: place(1, 2) };
+        assert_eq!(*world.core.stage(), switched, "{world:#?}");
+    }
+    world
+}
+
+fn play_to_the_end(mut world: World, history: Vec<Move>) -> Result<(), TestCaseError> {
+    for step in history {
+        world.play(step);
+    }
+    world.calm();
+    let running = world.agents.iter().filter(|a| a.runs()).count();
+    match (world.object_exists, world.intent) {
+        (true, Intent::Run) => {
+            prop_assert_eq!(running, 1, "a pod that should run does not: {:#?}", world);
+            prop_assert!(matches!(world.core.stage(), Stage::Placed { .. }), "{:#?}", world);
+            let given_up = world.agents.iter().any(|a| a.runs() && a.notice);
+            prop_assert!(!given_up, "it stays where it has to leave: {:#?}", world);
+        }
+        (true, Intent::Finish) => prop_assert_eq!(running, 0, "{:#?}", world),
+        (true, _) => prop_assert!(false, "a deleted pod was not removed: {world:#?}"),
+        (false, _) => {
+            prop_assert_eq!(running, 0, "a pod that is gone runs: {:#?}", world);
+            prop_assert!(
+                world.agents.iter().all(|a| a.sandbox.is_none()),
+                "remains: {world:#?}"
+            );
+        }
+    }
+    Ok(())
 }
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
-    fn no_history_runs_two_attempts_and_calm_brings_what_is_wanted(history in moves()) {
-        let mut world = World::new();
-        for step in history {
-            world.play(step);
-        }
-        world.calm();
-        let running = world.agents.iter().filter(|a| a.runs()).count();
-        match (world.object_exists, world.intent) {
-            (true, Intent::Run) => {
-                prop_assert_eq!(running, 1, "a pod that should run does not: {:#?}", world);
-                prop_assert!(matches!(world.core.stage(), Stage::Placed { .. }), "{:#?}", world);
-                let given_up = world.agents.iter().any(|a| a.runs() && a.notice);
-                prop_assert!(!given_up, "it stays where it has to leave: {:#?}", world);
-            }
-            (true, Intent::Finish) => prop_assert_eq!(running, 0, "{:#?}", world),
-            (true, _) => prop_assert!(false, "a deleted pod was not removed: {world:#?}"),
-            (false, _) => {
-                prop_assert_eq!(running, 0, "a pod that is gone runs: {:#?}", world);
-                prop_assert!(world.agents.iter().all(|a| a.sandbox.is_none()), "remains: {world:#?}");
-            }
-        }
+    fn no_history_runs_two_attempts_but_in_a_handover_and_calm_brings_what_is_wanted(
+        history in moves(),
+        surge: bool,
+    ) {
+        play_to_the_end(World::new(surge), history)?;
+    }
+
+    #[test]
+    fn a_handover_that_is_disturbed_anywhere_runs_no_third_and_no_older_attempt(
+        steps in 0..9usize,
+        history in moves(),
+    ) {
+        play_to_the_end(handing_over(steps), history)?;
     }
 }

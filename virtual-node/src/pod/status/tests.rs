@@ -475,6 +475,7 @@ fn record(attempt: u32) -> Record {
             attempt: Attempt::parse("attempt", attempt).unwrap(),
         },
         mesh: MeshMode::Enrolled,
+        other: None,
     }
 }
 

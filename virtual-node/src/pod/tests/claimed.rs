@@ -212,3 +212,276 @@ async fn a_pod_that_may_run_again_is_not_done_by_leaving_its_host_with_zero() {
     world.until_condition("Ready", "True").await;
     assert_eq!(world.condition(PLACED), "True: attempt 2 on host-b");
 }
+
+// ---- a handover
+
+const HANDOVER: &str = "spindrift.dev/Handover";
+
+/// Its host has given notice, and the next attempt has a claim.
+async fn handing_over() -> World {
+    let world = World::with_cell().await;
+    world.running_for_a_deployment(json!(1)).await;
+    world.a.notice("u-1");
+    world.until_claims(&["u-1-1", "u-1-2"]).await;
+    world
+}
+
+/// The same, and host-b has been asked for the next attempt.
+async fn rising() -> World {
+    let world = handing_over().await;
+    world.bind("u-1-2", "host-b");
+    world.until_called("host-b start u-1/2").await;
+    world
+}
+
+fn address(world: &World) -> String {
+    world.pod()["status"]["podIP"]
+        .as_str()
+        .unwrap_or_default()
+        .to_owned()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_of_a_deployment_with_surge_serves_until_its_next_attempt_does_and_switches_in_one_write() {
+    let world = rising().await;
+    world.let_pass(LONG).await;
+    // The next is there, and not ready: nothing has changed but the record.
+    assert_eq!(world.condition(HANDOVER), "True: attempt 2 on host-b");
+    assert_eq!(world.condition(PLACED), "True: attempt 1 on host-a");
+    assert_eq!(
+        (address(&world).as_str(), world.condition("Ready")),
+        ("10.77.1.2", "True".into())
+    );
+    let beside = world.placements().beside.values().next().cloned().unwrap();
+    assert_eq!((beside.host.as_str(), beside.attempt.get()), ("host-b", 2));
+    assert!(
+        !world.asked().iter().any(|call| call.contains("stop")),
+        "{:?}",
+        world.asked()
+    );
+
+    let before = world.api.patches().len();
+    world.b.run("u-1");
+    world.until_called("host-a stop(30) u-1/1").await;
+    let patches = world.api.patches()[before..].to_vec();
+    let switch: Vec<_> = patches
+        .iter()
+        .filter(|p| p["status"]["podIP"] == "10.77.2.2")
+        .collect();
+    assert_eq!(switch.len(), 1, "{patches:#?}");
+    let said = switch[0]["status"]["conditions"].to_string();
+    assert!(
+        said.contains("attempt 2 on host-b") && said.contains("attempt 1 on host-a"),
+        "{said}"
+    );
+    assert_eq!(address(&world), "10.77.2.2");
+    let unready = |patch: &serde_json::Value| {
+        let conditions = patch["status"]["conditions"]
+            .as_array()
+            .cloned()
+            .unwrap_or_default();
+        conditions
+            .iter()
+            .any(|c| c["type"] == "Ready" && c["status"] != "True")
+    };
+    assert!(
+        !patches.iter().any(unready),
+        "it was not ready in between: {patches:#?}"
+    );
+
+    world.a.exit("u-1", 0);
+    world.until_called("host-a forget u-1/1").await;
+    world.until_claims(&["u-1-2"]).await;
+    world.until_condition(HANDOVER, "False").await;
+    world.let_pass(LONG).await;
+    assert!(world.placements().beside.is_empty());
+    assert_eq!(world.condition(PLACED), "True: attempt 2 on host-b");
+    let starts = world.asked().iter().filter(|call| call.contains("start")).count();
+    assert_eq!(starts, 2, "{:?}", world.asked());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_handover_survives_a_restart_of_the_virtual_node_at_any_point() {
+    // Before anybody was asked; while the next rises; after the switch.
+    for point in 0..4 {
+        let mut world = match point {
+            0 => handing_over().await,
+            _ => rising().await,
+        };
+        if point == 2 {
+            // Not answered yet as the process dies: it may have been written, or not.
+            let (method, path) = super::STATUS;
+            world.api.fault(method, path, Fate::AnswerLost, 1);
+        }
+        if point >= 2 {
+            world.b.run("u-1");
+            world.until_condition(PLACED, "True: attempt 2 on host-b").await;
+        }
+        world.restart().await;
+        if point < 2 {
+            // Not known how far the next had come: it is fenced, and another is begun.
+            world
+                .until("another attempt is claimed", |w| {
+                    w.claims().iter().any(|claim| {
+                        claim != "u-1-1" && !w.condition(HANDOVER).ends_with("host-b")
+                            || claim == "u-1-3"
+                            || point == 0 && claim == "u-1-2"
+                    })
+                })
+                .await;
+            let claim = world.claims().last().unwrap().clone();
+            world.bind(&claim, "host-b");
+            let number = claim.rsplit('-').next().unwrap().to_owned();
+            world.until_called(&format!("host-b start u-1/{number}")).await;
+            world.b.run("u-1");
+        }
+        world.until_called("host-a stop(30) u-1/1").await;
+        world.a.exit("u-1", 0);
+        world.until_called("host-a forget u-1/1").await;
+        world.until_condition("Ready", "True").await;
+        world.let_pass(LONG).await;
+        assert_eq!((point, address(&world).as_str()), (point, "10.77.2.2"));
+        assert_eq!((point, world.a.attempts("u-1").len()), (point, 0));
+        assert_eq!((point, world.b.attempts("u-1").len()), (point, 1));
+        assert_eq!((point, world.claims().len()), (point, 1), "{:?}", world.claims());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_does_not_surge_is_stopped_before_anything_of_it_is_claimed_anew() {
+    let world = World::with_cell().await;
+    world.running_for_a_deployment(json!(0)).await;
+    world.a.notice("u-1");
+    world.until_called("host-a stop(30) u-1/1").await;
+    world.let_pass(LONG).await;
+    assert_eq!(world.claims(), ["u-1-1"]);
+    world.a.exit("u-1", 0);
+    world.until_claims(&["u-1-2"]).await;
+    let calls = world.calls();
+    let at = |call: &str| calls.iter().rposition(|c| c == call);
+    assert!(at("host-a forget u-1/1") < at(CLAIM), "{calls:#?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_owner_that_cannot_be_read_lets_nothing_overlap() {
+    let world = World::with_cell().await;
+    world.running_for_a_deployment(json!(1)).await;
+    world
+        .api
+        .fault(Method::GET, "/deployments/web", Fate::Status(403), 9);
+    world.a.notice("u-1");
+    world.until_called("host-a stop(30) u-1/1").await;
+    assert_eq!(world.claims(), ["u-1-1"]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_for_whose_overlap_the_cell_has_no_room_is_stopped_first() {
+    let world = World::with_cell().await;
+    world.running_for_a_deployment(json!(1)).await;
+    let (method, path) = CREATED;
+    world
+        .cell
+        .as_ref()
+        .unwrap()
+        .fault(method, path, Fate::Status(403), 1);
+    world.a.notice("u-1");
+    world.until_called("host-a stop(30) u-1/1").await;
+    world.a.exit("u-1", 0);
+    world.until_claims(&["u-1-2"]).await;
+    world.bind("u-1-2", "host-b");
+    world.until_called("host-b start u-1/2").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_whose_host_stops_it_before_the_next_is_ready_goes_on_as_the_next() {
+    let world = rising().await;
+    world.a.wind_down("u-1", 0);
+    world.let_pass(LONG).await;
+    assert_eq!(world.condition(PLACED), "True: attempt 1 on host-a");
+    world.a.exit("u-1", 0);
+    world.until_condition(PLACED, "True: attempt 2 on host-b").await;
+    assert_eq!(
+        world.condition("Ready"),
+        "False: containers with unready status: [app]"
+    );
+    world.until_called("host-a forget u-1/1").await;
+    world.b.run("u-1");
+    world.until_condition("Ready", "True").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_deleted_in_the_midst_of_a_handover_leaves_nothing_on_either_host() {
+    let world = rising().await;
+    world.api.delete_pod(super::world::WEB, 5);
+    world.until_called("host-b forget u-1/2").await;
+    world.until_called("host-a stop(5) u-1/1").await;
+    world.a.exit("u-1", 0);
+    world.until_claims(&[]).await;
+    assert_eq!(
+        (world.a.attempts("u-1"), world.b.attempts("u-1")),
+        (vec![], vec![])
+    );
+}
+
+// ---- disruption budgets
+
+fn budget(allowed: i32) -> serde_json::Value {
+    json!({"metadata": {}, "items": [{
+        "metadata": {"name": "web", "namespace": "shop", "uid": "pdb", "generation": 1},
+        "spec": {"selector": {}, "minAvailable": 1},
+        "status": {"observedGeneration": 1, "disruptionsAllowed": allowed,
+            "currentHealthy": 1, "desiredHealthy": 1, "expectedPods": 1},
+    }]})
+}
+
+const BUDGETS: &str = "/apis/policy/v1/namespaces/shop/poddisruptionbudgets";
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_whose_budget_forbids_is_stopped_only_once_it_allows() {
+    let world = World::with_cell().await;
+    world.api.put(BUDGETS, budget(0));
+    world.running_by_claim().await;
+    world.a.notice("u-1");
+    world.let_pass(LONG).await;
+    assert!(!world.has_called("host-a stop(30) u-1/1"), "{:?}", world.asked());
+    assert_eq!(world.condition("Ready"), "True");
+    world.api.put(BUDGETS, budget(1));
+    world.until_called("host-a stop(30) u-1/1").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_host_that_stops_a_pod_when_its_notice_ends_does_not_wait_for_its_budget() {
+    let world = World::with_cell().await;
+    world.api.put(BUDGETS, budget(0));
+    world.running_by_claim().await;
+    world.a.notice("u-1");
+    world.let_pass(LONG).await;
+    world.a.exit("u-1", 143);
+    world.until_claims(&["u-1-2"]).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_two_pods_of_one_budget_the_second_leaves_when_the_first_is_back() {
+    let world = World::with_cell().await;
+    world.api.put(BUDGETS, budget(1));
+    world.running_by_claim().await;
+    world.create_as("other", "u-2", json!({}));
+    world.until_claims(&["u-1-1", "u-2-1"]).await;
+    world.bind("u-2-1", "host-a");
+    world.until_called("host-a start u-2/1").await;
+    world.a.run("u-2");
+    world.a.notice("u-1");
+    world.until_called("host-a stop(30) u-1/1").await;
+    world.a.notice("u-2");
+    world.let_pass(LONG).await;
+    // The budget says 1 all the while: what it says has not followed yet.
+    assert!(!world.has_called("host-a stop(30) u-2/1"), "{:?}", world.asked());
+    world.a.exit("u-1", 0);
+    world.until_claims(&["u-1-2", "u-2-1"]).await;
+    world.bind("u-1-2", "host-b");
+    world.until_called("host-b start u-1/2").await;
+    world.let_pass(LONG).await;
+    assert!(!world.has_called("host-a stop(30) u-2/1"), "{:?}", world.asked());
+    world.b.run("u-1");
+    world.until_called("host-a stop(30) u-2/1").await;
+}

@@ -124,10 +124,15 @@ impl Host {
 
     /// Its containers run and are ready.
     pub(super) fn run(&self, uid: &str) {
+        let address = if self.name == "host-a" {
+            "10.77.1.2"
+        } else {
+            "10.77.2.2"
+        };
         self.change(uid, |status| {
             status.state = SandboxState::Running.into();
             status.mesh = MeshState::Serving.into();
-            status.pod_ip = "10.77.1.2".into();
+            status.pod_ip = address.into();
             status.containers = vec![container(
                 true,
                 State::Running(wire::Running {

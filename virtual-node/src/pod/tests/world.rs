@@ -23,7 +23,10 @@ use crate::{
     config,
     event::Recorder,
     placement::{Cell, Placements, Placer},
-    pod::{Directory, Supervisor, driver::Tools, metrics::Metrics, translate::NodeFacts, watch_pods},
+    pod::{
+        Directory, Supervisor, budget::Budgets, driver::Tools, metrics::Metrics, translate::NodeFacts,
+        watch_pods,
+    },
     pool::{Membership, Named, Pool},
 };
 
@@ -183,6 +186,32 @@ impl World {
         self.until_condition("Ready", "True").await;
     }
 
+    /// The same, and it is a Deployment's, with that much surge in a rolling update.
+    pub(super) async fn running_for_a_deployment(&self, surge: Value) {
+        let owner = |kind: &str, name: &str, uid: &str| json!([{"apiVersion": "apps/v1", "kind": kind, "name": name, "uid": uid, "controller": true}]);
+        let apps = "/apis/apps/v1/namespaces/shop";
+        self.api.put(
+            &format!("{apps}/replicasets/web-1"),
+            json!({
+                "metadata": {"name": "web-1", "uid": "set", "ownerReferences": owner("Deployment", "web", "dep")},
+                "spec": {"selector": {}},
+            }),
+        );
+        self.api.put(
+            &format!("{apps}/deployments/web"),
+            json!({
+                "metadata": {"name": "web", "uid": "dep"},
+                "spec": {"selector": {}, "template": {}, "strategy": {
+                    "type": "RollingUpdate", "rollingUpdate": {"maxSurge": surge},
+                }},
+            }),
+        );
+        self.running_by_claim().await;
+        let mut pod = self.pod();
+        pod["metadata"]["ownerReferences"] = owner("ReplicaSet", "web-1", "set");
+        self.api.put(WEB, pod);
+    }
+
     /// The virtual node runs, and both hosts are in reach.
     pub(super) async fn started() -> Self {
         let mut world = Self::new();
@@ -245,6 +274,7 @@ impl World {
             facts: watch::channel(facts()).1,
             node: watch::channel(Some(Arc::new(node))).1,
             metrics: Metrics::new(&mut Registry::default()),
+            budgets: Budgets::default(),
         });
         let (directory, queries) = Directory::new();
         let shutdown = CancellationToken::new();
