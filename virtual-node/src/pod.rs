@@ -149,21 +149,14 @@ impl Directory {
     }
 }
 
-/// The watch of the pods bound to a node. Fields that nobody here reads are
-/// dropped as they arrive.
+/// The watch of the pods bound to a node.
 pub(crate) fn watch_pods(
     client: Client,
     node_name: &str,
 ) -> impl Stream<Item = watcher::Result<watcher::Event<Pod>>> + Send + 'static {
     use kube::runtime::WatchStreamExt;
     let config = watcher::Config::default().fields(&format!("spec.nodeName={node_name}"));
-    watcher(Api::<Pod>::all(client), config)
-        .modify(trim)
-        .backoff(backoff())
-}
-
-fn trim(pod: &mut Pod) {
-    pod.metadata.managed_fields = None;
+    objects::watch(Api::all(client), config).backoff(backoff())
 }
 
 /// Between failed watches.

@@ -32,6 +32,8 @@ use authority::Authority;
 
 /// How often everything is looked at though nothing was told.
 const LOOK: Duration = Duration::from_secs(5);
+/// Events that are looked at together.
+const GATHER: usize = 1024;
 
 /// Lets hosts into a pool's cell, by rule.
 #[derive(Parser)]
@@ -90,24 +92,29 @@ async fn main() -> anyhow::Result<()> {
 }
 
 async fn keep(client: Client, authority: Option<Authority>) {
-    let requests: Api<CertificateSigningRequest> = Api::all(client.clone());
     let of = |signer: &str| {
         let config = watcher::Config::default().fields(&format!("spec.signerName={signer}"));
-        watcher(requests.clone(), config).default_backoff().boxed()
+        objects::watch::<CertificateSigningRequest>(Api::all(client.clone()), config)
+            .default_backoff()
+            .boxed()
     };
-    let mut events = futures::stream::select(of(names::CLIENT_SIGNER), of(names::MEMBER_SIGNER));
+    // What comes together is looked at together: a round looks at everything.
+    let events = futures::stream::select(of(names::CLIENT_SIGNER), of(names::MEMBER_SIGNER));
+    let mut events = events.ready_chunks(GATHER);
     let mut ticks = tokio::time::interval(LOOK);
     tracing::info!("the cell controller looks at requests");
     loop {
         tokio::select! {
-            event = events.next() => match event {
-                Some(Ok(_)) => {}
-                Some(Err(error)) => {
+            events = events.next() => {
+                let Some(events) = events else { return };
+                let (told, failed): (Vec<_>, Vec<_>) = events.into_iter().partition(Result::is_ok);
+                for error in failed.into_iter().filter_map(Result::err) {
                     tracing::warn!(error = &error as &dyn std::error::Error, "the watch of requests failed");
+                }
+                if told.is_empty() {
                     continue;
                 }
-                None => return,
-            },
+            }
             _ = ticks.tick() => {}
         }
         if let Err(error) = round::round(&client, authority.as_ref()).await {

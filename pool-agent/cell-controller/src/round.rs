@@ -45,9 +45,11 @@ pub async fn round(client: &Client, authority: Option<&Authority>) -> Result<(),
     if let Some(authority) = authority {
         members(client, authority).await?;
     }
+    // Before the requests: whatever a token is marked with by now is among those.
+    let tokens = tokens(client).await?;
     let api: Api<CertificateSigningRequest> = Api::all(client.clone());
     let ours = ListParams::default().fields(&format!("spec.signerName={}", names::CLIENT_SIGNER));
-    let requests = answered(api.list(&ours)).await?.items;
+    let requests = answered(objects::list(&Api::all(client.clone()), &ours)).await?;
     for request in &requests {
         if let Some(asked) = rule::asked(request)
             && let Err(error) = decide(client, &api, request, asked).await
@@ -60,7 +62,12 @@ pub async fn round(client: &Client, authority: Option<&Authority>) -> Result<(),
             );
         }
     }
-    sweep(client, &requests).await
+    sweep(client, &tokens, &requests).await
+}
+
+async fn tokens(client: &Client) -> Result<Vec<Secret>, Error> {
+    let of_tokens = ListParams::default().fields("type=bootstrap.kubernetes.io/token");
+    answered(objects::list(&Api::namespaced(client.clone(), TOKENS), &of_tokens)).await
 }
 
 async fn decide(
@@ -116,7 +123,7 @@ async fn members(client: &Client, authority: &Authority) -> Result<(), Error> {
     tell(client, authority).await?;
     let api: Api<CertificateSigningRequest> = Api::all(client.clone());
     let ours = ListParams::default().fields(&format!("spec.signerName={}", names::MEMBER_SIGNER));
-    for request in answered(api.list(&ours)).await?.items {
+    for request in answered(objects::list(&Api::all(client.clone()), &ours)).await? {
         if let Err(error) = sign(client, &api, &request, authority).await {
             let error = &error as &dyn std::error::Error;
             tracing::warn!(
@@ -265,14 +272,17 @@ async fn conclude(
 }
 
 /// Removes the tokens that are used up.
-async fn sweep(client: &Client, requests: &[CertificateSigningRequest]) -> Result<(), Error> {
-    let tokens: Api<Secret> = Api::namespaced(client.clone(), TOKENS);
+async fn sweep(
+    client: &Client,
+    tokens: &[Secret],
+    requests: &[CertificateSigningRequest],
+) -> Result<(), Error> {
+    let api: Api<Secret> = Api::namespaced(client.clone(), TOKENS);
     let nodes: Api<Node> = Api::all(client.clone());
-    let of_tokens = ListParams::default().fields("type=bootstrap.kubernetes.io/token");
-    for token in answered(tokens.list(&of_tokens)).await?.items {
+    for token in tokens {
         let (Some(host), Some(uid)) = (
-            rule::annotation(&token, names::HOST),
-            rule::annotation(&token, names::USED_BY),
+            rule::annotation(token, names::HOST),
+            rule::annotation(token, names::USED_BY),
         ) else {
             continue;
         };
@@ -288,7 +298,7 @@ async fn sweep(client: &Client, requests: &[CertificateSigningRequest]) -> Resul
             }),
             ..DeleteParams::default()
         };
-        match answered(tokens.delete(&token.name_any(), &parameters)).await {
+        match answered(api.delete(&token.name_any(), &parameters)).await {
             Ok(_) => tracing::info!(host, "a used token is removed"),
             Err(error) if outrun(&error) => {}
             Err(error) => return Err(error),

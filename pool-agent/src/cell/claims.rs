@@ -13,8 +13,9 @@ use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, Client, ResourceExt,
     api::ListParams,
-    runtime::watcher::{self, Event, watcher},
+    runtime::watcher::{self, Event},
 };
+use objects::Lenient;
 use pool_agent_api::{HostName, RefusalReason, Resources, SandboxKey, SandboxSpec, TenantId};
 use pool_cell::{NotAClaim, Placed, names};
 use tokio::{sync::watch, time::Instant};
@@ -253,10 +254,15 @@ impl Index {
         // A list, since a node that gets what is not bound to it learns nothing: that is
         // refused like what does not exist. Without a version it is read from the store.
         let fields = format!("spec.nodeName={},metadata.name={name}", self.host);
-        let api: Api<Pod> = Api::namespaced(client, &namespace);
+        let api: Api<Lenient<Pod>> = Api::namespaced(client, &namespace);
         let listed = answered(api.list(&ListParams::default().fields(&fields))).await;
         match listed {
-            Ok(list) => Ok(list.items.into_iter().next()),
+            Ok(list) => match list.items.into_iter().next() {
+                Some(Lenient::Read(pod)) => Ok(Some(*pod)),
+                // It is there: nothing ends for it.
+                Some(Lenient::Broken { problem, .. }) => Err(problem),
+                None => Ok(None),
+            },
             Err(error) => Err(described(&error)),
         }
     }
@@ -340,7 +346,7 @@ pub(super) async fn watch(cell: Cell, lease: Duration) {
             // ended in that time: before the Lease ends, by which others count.
             .timeout(seconds(lease / 4));
         // One that failed is made anew and begins with a list: nothing is missed.
-        let mut events = watcher(Api::<Pod>::all(client), config).boxed();
+        let mut events = objects::watch::<Pod>(Api::all(client), config).boxed();
         loop {
             let event = tokio::select! {
                 event = events.next() => event,

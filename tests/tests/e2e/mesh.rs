@@ -415,10 +415,15 @@ async fn a_pod_reaches_itself_through_its_service(scope: &Scope) -> anyhow::Resu
     scope
         .start(pod("web", json!({"containers": [probe_server()]})))
         .await?;
-    let to = SocketAddrV4::new(cluster_ip(scope, "web").await?, 80);
+    a_pod_reaches_itself(scope, "web").await
+}
+
+/// The pod of that name, through the Service of that name.
+pub(crate) async fn a_pod_reaches_itself(scope: &Scope, name: &str) -> anyhow::Result<()> {
+    let to = SocketAddrV4::new(cluster_ip(scope, name).await?, 80);
     scope
         .wait("that it reaches itself", async || {
-            dial(scope, "web", "-", to, "hello")
+            dial(scope, name, "-", to, "hello")
                 .await
                 .map(drop)
                 .map_err(|e| format!("{e:#}"))

@@ -137,12 +137,13 @@ impl Task {
         mut requests: mpsc::Receiver<Request>,
         mut hosts: watch::Receiver<HostTable>,
     ) {
-        let mut claims = watcher(self.api.clone(), watcher::Config::default())
+        let namespace = self.cell.settings.namespace.as_str();
+        let claims = Api::namespaced(self.cell.client.clone(), namespace);
+        let mut claims = objects::watch::<Pod>(claims, watcher::Config::default())
             .default_backoff()
             .boxed();
-        let quotas =
-            Api::<ResourceQuota>::namespaced(self.cell.client.clone(), self.cell.settings.namespace.as_str());
-        let mut quotas = watcher(quotas, watcher::Config::default())
+        let quotas = Api::namespaced(self.cell.client.clone(), namespace);
+        let mut quotas = objects::watch::<ResourceQuota>(quotas, watcher::Config::default())
             .default_backoff()
             .boxed();
         let mut known = quota::Quotas::default();

@@ -218,11 +218,10 @@ async fn services(
         if !links {
             return Ok(vec![]);
         }
-        let services = Api::<Service>::namespaced(client.clone(), namespace);
-        let list = answered(services.list(&ListParams::default().match_any()))
+        let services = Api::namespaced(client.clone(), namespace);
+        answered(objects::list::<Service>(&services, &ListParams::default().match_any()))
             .await
-            .map_err(read_error(format!("services of {namespace}")))?;
-        Ok(list.items)
+            .map_err(read_error(format!("services of {namespace}")))
     };
     let master = async {
         if links && namespace == MASTER.0 {

@@ -128,8 +128,8 @@ where
     let metrics = Arc::clone(metrics);
     let mut listing = BTreeMap::new();
     let mut failing = false;
-    watcher(
-        Api::<K>::all(client.clone()),
+    ::objects::watch(
+        Api::all(client.clone()),
         watcher::Config::default().page_size(PAGE),
     )
     .default_backoff()
