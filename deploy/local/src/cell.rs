@@ -45,6 +45,8 @@ pub struct Quota {
     pub cpu: &'static str,
     pub memory: &'static str,
     pub ephemeral_storage: &'static str,
+    /// With those of pods that are over.
+    pub objects: &'static str,
 }
 
 /// More than a lab's tests ask for at once, and less than its hosts have.
@@ -53,6 +55,7 @@ pub const QUOTA: Quota = Quota {
     cpu: "64",
     memory: "64Gi",
     ephemeral_storage: "64Gi",
+    objects: "1000",
 };
 
 #[derive(Debug, thiserror::Error)]
@@ -118,6 +121,7 @@ impl Cell {
             ("CPU", quota.cpu),
             ("MEMORY", quota.memory),
             ("STORAGE", quota.ephemeral_storage),
+            ("OBJECTS", quota.objects),
         ];
         self.cluster.apply("tenant.yaml", TENANT, &values).await?;
         self.kubeconfig(&format!("virtual-node:{tenant}")).await

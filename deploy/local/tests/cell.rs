@@ -74,6 +74,7 @@ fn claim(uid: &str, attempt: u32) -> Value {
         "spec": {
             "priorityClassName": TIER,
             "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": 60,
             "automountServiceAccountToken": false,
             "tolerations": [{"key": "spindrift.dev/pool", "operator": "Exists", "effect": "NoSchedule"}],
             "containers": [{
@@ -110,6 +111,12 @@ async fn a_claim_is_taken_listed_and_deleted(node: &Cluster, ours: &str) -> Resu
     .await?;
     let listed = claims.list(&ListParams::default()).await?;
     ensure!(listed.items.len() == 1 && listed.items[0].name_any() == "u-1-1");
+    let forever = DeleteParams::default().grace_period(3601);
+    let refused = claims.delete("u-1-1", &forever).await;
+    ensure!(
+        matches!(&refused, Err(kube::Error::Api(status)) if status.message.contains("an hour at most")),
+        "{refused:?}"
+    );
     claims.delete("u-1-1", &DeleteParams::default()).await?;
     cluster::wait("its end", PATIENCE, async || {
         match claims.get_opt("u-1-1").await.map_err(|e| e.to_string())? {
@@ -207,6 +214,40 @@ fn attacks() -> Vec<(&'static str, Value, &'static str)> {
         ),
         ("/spec/serviceAccountName", json!("other"), "service account"),
         ("/spec/restartPolicy", json!("Always"), "never restarted"),
+        (
+            "/spec/terminationGracePeriodSeconds",
+            json!(3601),
+            "an hour at most",
+        ),
+        // What fills the cell, or is the cell's to say.
+        ("/spec/hostname", json!("x"), "nothing of names"),
+        (
+            "/spec/hostAliases",
+            json!([{"ip": "192.0.2.1", "hostnames": ["x"]}]),
+            "nothing of names",
+        ),
+        ("/spec/dnsConfig", json!({"searches": ["x"]}), "nothing of names"),
+        ("/spec/hostUsers", json!(true), "nothing of names"),
+        (
+            "/spec/securityContext",
+            json!({"supplementalGroups": [0]}),
+            "nothing of names",
+        ),
+        (
+            "/spec/containers",
+            container("image", json!("x".repeat(1025))),
+            "none of its texts is long",
+        ),
+        (
+            "/metadata/annotations",
+            json!({"spindrift.dev/pod": "x".repeat(513)}),
+            "none of its texts is long",
+        ),
+        (
+            "/metadata/annotations",
+            json!({"tenant.example/x": "y"}),
+            "none of its texts is long",
+        ),
         ("/spec/containers", container("command", json!(["sh"])), "no more"),
         (
             "/spec/containers",

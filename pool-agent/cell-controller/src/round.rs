@@ -67,7 +67,11 @@ pub async fn round(client: &Client, authority: Option<&Authority>) -> Result<(),
 
 async fn tokens(client: &Client) -> Result<Vec<Secret>, Error> {
     let of_tokens = ListParams::default().fields("type=bootstrap.kubernetes.io/token");
-    answered(objects::list(&Api::namespaced(client.clone(), TOKENS), &of_tokens)).await
+    answered(objects::list(
+        &Api::namespaced(client.clone(), TOKENS),
+        &of_tokens,
+    ))
+    .await
 }
 
 async fn decide(

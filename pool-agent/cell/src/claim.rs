@@ -24,8 +24,10 @@ use crate::names;
 /// Images a claim may name: more than any pod has containers, and few enough that
 /// none is large.
 const MOST_IMAGES: usize = 256;
-/// A year, as for a sandbox's own grace.
-const LONGEST_GRACE: Duration = Duration::from_secs(365 * 86_400);
+/// The longest that a claim may outlast its deletion, whatever its pod asks for: a host
+/// that is drained, and a tier that gives way to others, would wait for it. The cell's
+/// admission policy says the same.
+pub const LONGEST_GRACE: Duration = Duration::from_secs(3600);
 
 /// UID of the controller of a pod, in its tenant's cluster.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -141,7 +143,7 @@ impl Claim {
             }
         }
         if parts.grace.subsec_nanos() != 0 || parts.grace > LONGEST_GRACE {
-            return Err(Invalid::new("grace", "must be whole seconds, at most a year"));
+            return Err(Invalid::new("grace", "must be whole seconds, at most an hour"));
         }
         Ok(Self(Box::new(parts)))
     }

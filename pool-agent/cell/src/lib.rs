@@ -18,5 +18,5 @@ pub mod names;
 pub mod patch;
 pub mod quantity;
 
-pub use claim::{Claim, ClaimParts, ClaimPhase, ClaimStatus, NotAClaim, OwnerUid, Placed};
+pub use claim::{Claim, ClaimParts, ClaimPhase, ClaimStatus, LONGEST_GRACE, NotAClaim, OwnerUid, Placed};
 pub use host::{HostNode, HostRecord, NodeFacts};

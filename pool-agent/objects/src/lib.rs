@@ -189,7 +189,8 @@ mod tests {
     #[test]
     fn a_watch_goes_on_past_an_object_that_does_not_read() {
         let broken: Lenient<Lease> =
-            serde_json::from_value(json!({"metadata": {"name": "x"}, "spec": {"renewTime": TOO_LATE}})).unwrap();
+            serde_json::from_value(json!({"metadata": {"name": "x"}, "spec": {"renewTime": TOO_LATE}}))
+                .unwrap();
         assert!(read(Event::Apply(broken)).is_none());
         assert!(matches!(read::<Lease>(Event::InitDone), Some(Event::InitDone)));
     }

@@ -19,7 +19,7 @@ use kube::{
     runtime::{WatchStreamExt, watcher},
 };
 use pool_agent_api::{HostName, Invalid, PodUid, Resources, SandboxKey, TenantId};
-use pool_cell::{Claim, ClaimParts, OwnerUid, names};
+use pool_cell::{Claim, ClaimParts, LONGEST_GRACE, OwnerUid, names};
 use tokio::{
     sync::{Semaphore, mpsc, oneshot, watch},
     time::{Instant, MissedTickBehavior},
@@ -315,7 +315,7 @@ impl Task {
             zone: settings.zone.clone(),
             class: settings.class.clone(),
             arch: settings.arch.clone(),
-            grace: ask.grace.saturating_add(HANDOVER),
+            grace: ask.grace.saturating_add(HANDOVER).min(LONGEST_GRACE),
         })
     }
 

@@ -219,9 +219,12 @@ async fn services(
             return Ok(vec![]);
         }
         let services = Api::namespaced(client.clone(), namespace);
-        answered(objects::list::<Service>(&services, &ListParams::default().match_any()))
-            .await
-            .map_err(read_error(format!("services of {namespace}")))
+        answered(objects::list::<Service>(
+            &services,
+            &ListParams::default().match_any(),
+        ))
+        .await
+        .map_err(read_error(format!("services of {namespace}")))
     };
     let master = async {
         if links && namespace == MASTER.0 {

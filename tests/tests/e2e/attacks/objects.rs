@@ -18,9 +18,7 @@ pub(crate) fn tests() -> Vec<Case> {
 /// Whoever may update an object writes its `managedFields`, and the times in them. The
 /// last second that Kubernetes knows is one that the types here do not.
 async fn an_object_that_does_not_read_stops_neither_pods_nor_the_mesh(scope: &Scope) -> anyhow::Result<()> {
-    scope
-        .start(pod("odd", json!({"containers": [idle()]})))
-        .await?;
+    scope.start(pod("odd", json!({"containers": [idle()]}))).await?;
     scope.create(service("odd")).await?;
     let fields = json!([{
         "manager": "somebody", "operation": "Update", "apiVersion": "v1",
@@ -28,13 +26,29 @@ async fn an_object_that_does_not_read_stops_neither_pods_nor_the_mesh(scope: &Sc
         "fieldsV1": {"f:metadata": {"f:labels": {".": {}, "f:app": {}}}},
     }]);
     for kind in ["pod", "service"] {
-        let label = json!({"metadata": {"labels": {"app": "odd"}, "managedFields": fields}}).to_string();
         let kubectl = scope.kubectl();
-        kubectl.run(&["patch", kind, "odd", "--type=merge", "-p", &label]).await?;
-        let kept = kubectl
-            .run(&["get", kind, "odd", "--show-managed-fields", "-o", "jsonpath={.metadata.managedFields[*].time}"])
+        // Somebody's field, which this changes no more.
+        kubectl
+            .run(&["label", "--overwrite", kind, "odd", "app=odd"])
             .await?;
-        anyhow::ensure!(kept.contains("9999-12-31"), "the API server did not keep it: {kept}");
+        let late = json!({"metadata": {"managedFields": fields}}).to_string();
+        kubectl
+            .run(&["patch", kind, "odd", "--type=merge", "-p", &late])
+            .await?;
+        let kept = kubectl
+            .run(&[
+                "get",
+                kind,
+                "odd",
+                "--show-managed-fields",
+                "-o",
+                "jsonpath={.metadata.managedFields[*].time}",
+            ])
+            .await?;
+        anyhow::ensure!(
+            kept.contains("9999-12-31"),
+            "the API server did not keep it: {kept}"
+        );
     }
     // Both watches have to have come past them.
     scope.create(service("web")).await?;
@@ -42,6 +56,13 @@ async fn an_object_that_does_not_read_stops_neither_pods_nor_the_mesh(scope: &Sc
         .start(pod("web", json!({"containers": [probe_server()]})))
         .await?;
     a_pod_reaches_itself(scope, "web").await?;
-    scope.kubectl().run(&["delete", "pod", "odd", "--grace-period=1"]).await?;
-    scope.gone("odd").await
+    let gone = [
+        "delete",
+        "pod",
+        "odd",
+        "--grace-period=1",
+        "--wait",
+        "--timeout=60s",
+    ];
+    scope.kubectl().run(&gone).await.map(drop)
 }
