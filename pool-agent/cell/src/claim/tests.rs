@@ -268,7 +268,7 @@ fn any_parts() -> impl Strategy<Value = ClaimParts> {
     let amounts = (amount.clone(), amount.clone(), amount);
     let images = prop::collection::hash_set("[!-~]{1,40}", 1..6);
     let choices = prop::array::uniform6(prop::option::of(name()));
-    (ids, amounts, images, choices, 0_u64..31_536_000).prop_map(
+    (ids, amounts, images, choices, 0..=LONGEST_GRACE.as_secs()).prop_map(
         |(
             (tenant, uid, attempt, namespace, pod, node_name),
             (cpu, memory, storage),
