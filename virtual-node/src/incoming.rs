@@ -1,10 +1,7 @@
 //! Connections as they come in: from a listener of one's own, or handed over by
 //! whoever listens for many (`fleet`).
 
-use std::{
-    io,
-    net::{IpAddr, SocketAddr},
-};
+use std::{io, net::SocketAddr};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -16,7 +13,7 @@ use tokio::{
 #[derive(Debug)]
 pub struct Arrived {
     pub socket: TcpStream,
-    pub from: IpAddr,
+    pub from: SocketAddr,
 }
 
 #[derive(Debug)]
@@ -38,7 +35,7 @@ impl Incoming {
                 let (socket, from) = listener.accept().await?;
                 Ok(Arrived {
                     socket,
-                    from: from.ip().to_canonical(),
+                    from: SocketAddr::new(from.ip().to_canonical(), from.port()),
                 })
             }
             Self::Handed(arrived) => match arrived.recv().await {

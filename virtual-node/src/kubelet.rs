@@ -142,7 +142,7 @@ impl Kubelet {
                     continue;
                 }
             };
-            let (standing, displaced) = doorway.come(from);
+            let (standing, displaced) = doorway.come(from.ip());
             let connection = connection(socket, acceptor.clone(), router.clone(), standing);
             let shutdown = shutdown.clone();
             let span = info_span!("kubelet_api", peer = %from);

@@ -488,7 +488,6 @@ fn mount_bpffs(path: &std::path::Path) -> Result<(), PoolError> {
 mod tests {
     use std::{path::Path, process::Command};
 
-    use super::*;
     use crate::artifacts;
 
     fn handover(directory: &Path) -> String {

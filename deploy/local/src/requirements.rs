@@ -53,6 +53,7 @@ const REQUIREMENTS: &[Requirement] = &[
     needs("nft", "nftables", Purpose::Tests),
     needs("docker-registry", "docker-registry", Purpose::Tests),
     needs("iperf3", "iperf3", Purpose::Tests),
+    needs("/usr/lib/postgresql", "postgresql", Purpose::Tests),
 ];
 
 /// Comes with the language's own installer, not from apt.

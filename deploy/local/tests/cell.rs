@@ -111,12 +111,6 @@ async fn a_claim_is_taken_listed_and_deleted(node: &Cluster, ours: &str) -> Resu
     .await?;
     let listed = claims.list(&ListParams::default()).await?;
     ensure!(listed.items.len() == 1 && listed.items[0].name_any() == "u-1-1");
-    let forever = DeleteParams::default().grace_period(3601);
-    let refused = claims.delete("u-1-1", &forever).await;
-    ensure!(
-        matches!(&refused, Err(kube::Error::Api(status)) if status.message.contains("an hour at most")),
-        "{refused:?}"
-    );
     claims.delete("u-1-1", &DeleteParams::default()).await?;
     cluster::wait("its end", PATIENCE, async || {
         match claims.get_opt("u-1-1").await.map_err(|e| e.to_string())? {
@@ -331,6 +325,12 @@ async fn nothing_else_is_allowed(node: &Client, admin: &Client, ours: &str, thei
         .body(serde_json::to_vec(&binding)?)?;
     forbidden("binds a claim itself", node.request_text(bind).await)?;
     let pods: Api<Pod> = Api::namespaced(node.clone(), ours);
+    let forever = DeleteParams::default().grace_period(3601);
+    let refused = pods.delete("u-3-1", &forever).await;
+    ensure!(
+        matches!(&refused, Err(kube::Error::Api(status)) if status.message.contains("an hour at most")),
+        "it stretches a claim's end: {refused:?}"
+    );
     let labels = Patch::Merge(json!({"metadata": {"labels": {"spindrift.dev/attempt": "9"}}}));
     let patched = pods.patch("u-3-1", &PatchParams::default(), &labels).await;
     forbidden("changes a claim", patched)?;

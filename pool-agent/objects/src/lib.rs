@@ -31,6 +31,16 @@ pub enum Lenient<K> {
     },
 }
 
+impl<K> Lenient<K> {
+    /// For whom an object that does not read is an answer that does not.
+    pub fn whole(self) -> kube::Result<K> {
+        match self {
+            Self::Read(object) => Ok(*object),
+            Self::Broken { problem, .. } => Err(kube::Error::SerdeError(serde::de::Error::custom(problem))),
+        }
+    }
+}
+
 impl<K: Resource<DynamicType = ()>> Lenient<K> {
     /// None, and a line in the log, for one that does not read.
     pub fn read(self) -> Option<K> {

@@ -722,13 +722,13 @@ async fn a_pod_too_large_for_the_node_stays_unscheduled(scope: &Scope) -> anyhow
         .create(pod("web", json!({"containers": [greedy()]})))
         .await?;
     scope.event("web", "FailedScheduling", "Insufficient cpu").await?;
-    let web = scope.pod("web").await?;
-    ensure!(
-        phase(&web) == "Pending" && condition(&web, "PodScheduled") == Some("False"),
-        "{:?}",
-        web.status
-    );
-    Ok(())
+    // The scheduler tells the event before it writes the condition.
+    scope
+        .until("web", "is unschedulable", |pod| {
+            phase(pod) == "Pending" && condition(pod, "PodScheduled") == Some("False")
+        })
+        .await
+        .map(drop)
 }
 
 async fn a_pod_too_large_that_is_bound_anyway_fails_with_the_kubelets_reason(

@@ -156,7 +156,7 @@ async fn accept(listener: TcpListener, at: At) {
         };
         let arrived = Arrived {
             socket,
-            from: from.ip().to_canonical(),
+            from: SocketAddr::new(from.ip().to_canonical(), from.port()),
         };
         let route = at.route.borrow().clone();
         if let Route::Here { kubelet, mesh } = &route {
@@ -226,7 +226,7 @@ fn word(door: Door) -> &'static str {
     }
 }
 
-fn say(key: &Key, door: Door, from: IpAddr) -> io::Result<Vec<u8>> {
+fn say(key: &Key, door: Door, from: SocketAddr) -> io::Result<Vec<u8>> {
     let text = format!("{key} {} {from}", word(door));
     let length = u8::try_from(text.len()).map_err(|_| io::ErrorKind::InvalidInput)?;
     let mut said = vec![length];
@@ -234,7 +234,7 @@ fn say(key: &Key, door: Door, from: IpAddr) -> io::Result<Vec<u8>> {
     Ok(said)
 }
 
-fn understand(text: &[u8]) -> Option<(Key, Door, IpAddr)> {
+fn understand(text: &[u8]) -> Option<(Key, Door, SocketAddr)> {
     let text = std::str::from_utf8(text).ok()?;
     let mut words = text.split(' ');
     let (namespace, name) = words.next()?.split_once('/')?;
@@ -299,7 +299,7 @@ mod tests {
 
     #[test]
     fn what_is_said_is_understood_and_nothing_else_is() {
-        let from = "2001:db8::1".parse().unwrap();
+        let from = "[2001:db8::1]:40000".parse().unwrap();
         let said = say(&key(), Door::Mesh, from).unwrap();
         assert_eq!(usize::from(said[0]), said.len() - 1);
         assert_eq!(understand(&said[1..]), Some((key(), Door::Mesh, from)));
@@ -307,9 +307,10 @@ mod tests {
             "",
             "a/b",
             "a/b mesh",
-            "a/b door 1.2.3.4",
-            "a mesh 1.2.3.4",
-            "a/b mesh 1.2.3.4 x",
+            "a/b door 1.2.3.4:5",
+            "a mesh 1.2.3.4:5",
+            "a/b mesh 1.2.3.4:5 x",
+            "a/b mesh 1.2.3.4",
             "a/b mesh x",
         ] {
             assert_eq!(understand(wrong.as_bytes()), None, "{wrong}");
@@ -362,7 +363,7 @@ mod tests {
                 .await
                 .unwrap()
                 .unwrap();
-            assert_eq!(arrived.from, listen);
+            assert_eq!(arrived.from.ip(), listen);
             let n = arrived.socket.read_u8().await.unwrap();
             arrived.socket.write_all(&[n + 100]).await.unwrap();
             heard.push(n);

@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::{
-    Api, Client, Error, ResourceExt,
+    Api, Client, Error, Resource, ResourceExt,
     api::{DeleteParams, EvictParams, ListParams, Patch, PatchParams, Preconditions},
 };
+use objects::Lenient;
 use serde_json::json;
 use tokio::time::Instant;
 
@@ -33,25 +34,21 @@ pub(crate) async fn drain(client: Client, node: &str, mut tell: impl FnMut(usize
         patched => drop(patched?),
     }
     let began = Instant::now();
-    let all = Api::<Pod>::all(client.clone());
+    let all = Api::all(client.clone());
     let of_node = ListParams::default()
         .fields(&format!("spec.nodeName={node}"))
         .limit(AT_ONCE);
     loop {
-        let pods = answered(all.list(&of_node)).await?;
-        if pods.items.is_empty() {
+        let pods: Vec<Lenient<Pod>> = answered(all.list(&of_node)).await?.items;
+        if pods.is_empty() {
             return Ok(());
         }
-        tell(pods.items.len());
-        for pod in pods
-            .items
-            .iter()
-            .filter(|pod| pod.metadata.deletion_timestamp.is_none())
-        {
-            let own = Api::<Pod>::namespaced(client.clone(), &pod.namespace().unwrap_or_default());
+        tell(pods.len());
+        for pod in pods.iter().filter(|pod| pod.meta().deletion_timestamp.is_none()) {
+            let namespace = pod.namespace().unwrap_or_default();
             let name = pod.name_any();
             let same = DeleteParams::default().preconditions(Preconditions {
-                uid: pod.metadata.uid.clone(),
+                uid: pod.meta().uid.clone(),
                 resource_version: None,
             });
             let asked = if began.elapsed() < EVICTION {
@@ -59,8 +56,10 @@ pub(crate) async fn drain(client: Client, node: &str, mut tell: impl FnMut(usize
                     delete_options: Some(same),
                     ..EvictParams::default()
                 };
+                let own = Api::<Pod>::namespaced(client.clone(), &namespace);
                 answered(own.evict(&name, &eviction)).await.map(drop)
             } else {
+                let own = Api::<Lenient<Pod>>::namespaced(client.clone(), &namespace);
                 answered(own.delete(&name, &same)).await.map(drop)
             };
             match asked {
@@ -89,8 +88,8 @@ pub(crate) async fn unregister(client: Client, node: &str, uid: &str) -> Result<
 /// hosts end what runs for them, and then wait for a virtual node to forget it, which
 /// nobody does any more: a claim whose sandbox is over goes at once.
 pub(crate) async fn release_claims(cell: Client, namespace: &str, node: &str) -> Result<usize, Error> {
-    let claims = Api::<Pod>::namespaced(cell, namespace);
-    let all = answered(claims.list(&ListParams::default())).await?;
+    let claims = Api::namespaced(cell, namespace);
+    let all = answered(objects::list::<Pod>(&claims, &ListParams::default())).await?;
     let mut left = 0;
     for claim in all {
         let annotations = claim.metadata.annotations.as_ref();

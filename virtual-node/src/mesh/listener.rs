@@ -9,7 +9,7 @@
 
 use std::{
     io,
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
@@ -178,7 +178,7 @@ pub fn accept(
             let (tls, metrics, accepted) = (Arc::clone(&tls), Arc::clone(&metrics), accepted.clone());
             let (doorway, refused) = (doorway.clone(), Arc::clone(&refused));
             tokio::spawn(async move {
-                match doorway.admit(socket, from, &tls).await {
+                match doorway.admit(socket, from.ip(), &tls).await {
                     // The server is gone: so is the connection.
                     Ok(stream) => {
                         accepted.send(Ok(stream)).await.ok();
@@ -191,7 +191,7 @@ pub fn accept(
     ReceiverStream::new(connections)
 }
 
-fn refuse(from: IpAddr, reason: &Refused, metrics: &Metrics, told: &Seldom) {
+fn refuse(from: SocketAddr, reason: &Refused, metrics: &Metrics, told: &Seldom) {
     if let Some(left_out) = told.due(Instant::now()) {
         tracing::warn!(%from, %reason, left_out, "mesh connection refused");
     }

@@ -18,6 +18,7 @@ use kube::{
     api::{DeleteParams, PostParams},
     runtime::{WatchStreamExt, watcher},
 };
+use objects::Lenient;
 use pool_agent_api::{HostName, Invalid, PodUid, Resources, SandboxKey, TenantId};
 use pool_cell::{Claim, ClaimParts, LONGEST_GRACE, OwnerUid, names};
 use tokio::{
@@ -450,22 +451,25 @@ impl Task {
             && let Some(effect) = self.queue.pop_front()
         {
             let api = self.api.clone();
+            let namespace = self.cell.settings.namespace.as_str();
             let call = match effect {
                 Effect::Create(claim) => async move {
                     let made = answered(api.create(&PostParams::default(), &claim.to_pod())).await;
                     Done::Created(claim, made)
                 }
                 .boxed(),
-                Effect::Look(key) => async move {
-                    let found = answered(api.get_opt(&names::claim_name(&key))).await;
-                    Done::Looked(key, found)
-                }
-                .boxed(),
-                Effect::LookForPod { key, namespace, name } => {
-                    let pods: Api<Pod> =
-                        Api::namespaced(self.cell.tenants_client.clone(), namespace.as_str());
+                Effect::Look(key) => {
+                    let claims = Api::namespaced(self.cell.client.clone(), namespace);
                     async move {
-                        let found = answered(pods.get_opt(name.as_str())).await;
+                        let found = read(&claims, &names::claim_name(&key)).await;
+                        Done::Looked(key, found)
+                    }
+                    .boxed()
+                }
+                Effect::LookForPod { key, namespace, name } => {
+                    let pods = Api::namespaced(self.cell.tenants_client.clone(), namespace.as_str());
+                    async move {
+                        let found = read(&pods, name.as_str()).await;
                         Done::LookedForPod(key.pod, found)
                     }
                     .boxed()
@@ -584,6 +588,11 @@ fn over_quota(message: &str) -> Waiting {
     Waiting::for_quota(format!(
         "The pod waits until the tenant's quota has room: exceeded quota{words}"
     ))
+}
+
+/// None if it is not there; one that does not read is there.
+async fn read(api: &Api<Lenient<Pod>>, name: &str) -> kube::Result<Option<Pod>> {
+    answered(api.get_opt(name)).await?.map(Lenient::whole).transpose()
 }
 
 /// Repeats until the claim is gone, or is going.

@@ -36,6 +36,7 @@ use futures::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered}
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::{Api, Client, ResourceExt};
+use objects::Lenient;
 use pool_agent_api::{PodUid, Refusal, SandboxKey, SandboxStatus, status::Severity};
 use tokio::{sync::watch, time::Instant};
 use tracing::{Instrument, debug, info, info_span, warn};
@@ -386,7 +387,7 @@ impl Driver {
     }
 }
 
-fn api(client: &Client, pod: &Pod) -> Api<Pod> {
+fn api(client: &Client, pod: &Pod) -> Api<Lenient<Pod>> {
     Api::namespaced(client.clone(), &pod.namespace().unwrap_or_default())
 }
 

@@ -6,6 +6,7 @@ use std::{sync::Arc, time::Duration};
 use futures::{FutureExt, future::BoxFuture};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, ResourceExt};
+use objects::Lenient;
 use tracing::{info, warn};
 
 use super::{
@@ -144,10 +145,13 @@ impl Driver {
             return;
         };
         let delay = self.look.retries.pause();
-        let api = Api::<Pod>::namespaced(self.tools.client.clone(), &namespace);
+        let api = Api::<Lenient<Pod>>::namespaced(self.tools.client.clone(), &namespace);
         let reading = async move {
             tokio::time::sleep(delay).await;
-            answered(api.get_opt(&name)).await
+            answered(api.get_opt(&name))
+                .await?
+                .map(Lenient::whole)
+                .transpose()
         };
         self.look.reading = Some(reading.boxed());
     }

@@ -485,7 +485,10 @@ impl Recording {
         patch["metadata"]["resourceVersion"] = json!(known.metadata.resource_version);
         let pods = api(&self.client, &known);
         let name = known.name_any();
-        Ok(answered(pods.patch_status(&name, &PatchParams::default(), &Patch::Strategic(patch))).await?)
+        let (parameters, patch) = (PatchParams::default(), Patch::Strategic(patch));
+        Ok(answered(pods.patch_status(&name, &parameters, &patch))
+            .await?
+            .whole()?)
     }
 }
 

@@ -169,7 +169,10 @@ impl Driver {
             if over {
                 placer.finished(uid).await;
             }
-            answered(api.patch_status(&name, &PatchParams::default(), &Patch::Strategic(body))).await
+            let (parameters, body) = (PatchParams::default(), Patch::Strategic(body));
+            answered(api.patch_status(&name, &parameters, &body))
+                .await?
+                .whole()
         };
         self.telling.writing = Some(Writing {
             patch,
