@@ -16,7 +16,9 @@
 //! - a sandbox is taken only for a claim that the cell says is bound to this host;
 //! - absent is not gone: a sandbox loses its room only after a live read of the cell
 //!   said that no claim for it is bound here;
-//! - a cell that is away stops nothing and starts nothing.
+//! - a cell that is away stops nothing and starts nothing;
+//! - a machine that has a host's identity and not its Node (a copy, a host that was
+//!   replaced) renews nothing and takes nothing.
 
 pub mod claims;
 
@@ -67,6 +69,8 @@ type Clients = watch::Receiver<Option<kube::Client>>;
 struct Cell {
     host: Host,
     name: HostName,
+    /// None also while the Node of this host's name is another machine's: its Lease and
+    /// its claims are not this host's then.
     clients: Clients,
     index: Arc<Index>,
     /// Where virtual nodes reach this agent.
@@ -166,17 +170,19 @@ pub fn start(
     shutdown: &CancellationToken,
 ) {
     let Enrolment { name, clients, .. } = enrolment;
-    index.reach(clients.clone());
+    let (ours, admitted) = watch::channel(None);
+    index.reach(admitted.clone());
     let lease = settings.lease;
     let cell = Cell {
         host,
         name,
-        clients,
+        clients: admitted,
         index,
         agent,
     };
     keep_until(shutdown, "lease", lease::renew(cell.clone(), lease));
-    keep_until(shutdown, "node", node::keep(cell.clone(), settings, station));
+    let node = node::keep(cell.clone(), clients, ours, settings, station);
+    keep_until(shutdown, "node", node);
     keep_until(shutdown, "claims", claims::watch(cell.clone(), lease));
     keep_until(shutdown, "upkeep", upkeep::keep(cell));
 }

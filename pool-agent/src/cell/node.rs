@@ -11,9 +11,12 @@ use kube::{
     runtime::watcher,
 };
 use pool_cell::{HostNode, HostRecord, NodeFacts, host::HostImage};
-use tokio::time::{Instant, MissedTickBehavior};
+use tokio::{
+    sync::watch,
+    time::{Instant, MissedTickBehavior},
+};
 
-use super::{Cell, Settings, answered, client};
+use super::{Cell, Clients, Settings, answered, client};
 use crate::causes::described;
 
 /// How often the Node is compared with the host.
@@ -69,10 +72,19 @@ struct Keeper {
     written_at: Option<Instant>,
     images: Vec<HostImage>,
     images_at: Option<Instant>,
+    /// A client for the other parts, while the Node is this machine's.
+    ours: watch::Sender<Option<Client>>,
+    /// What was last said there, of the client in use.
+    told: Option<bool>,
 }
 
-pub(super) async fn keep(cell: Cell, settings: Settings, station: Station) {
-    let mut clients = cell.clients.clone();
+pub(super) async fn keep(
+    cell: Cell,
+    mut clients: Clients,
+    ours: watch::Sender<Option<Client>>,
+    settings: Settings,
+    station: Station,
+) {
     let mut keeper = Keeper {
         cell,
         settings,
@@ -82,11 +94,14 @@ pub(super) async fn keep(cell: Cell, settings: Settings, station: Station) {
         written_at: None,
         images: vec![],
         images_at: None,
+        ours,
+        told: None,
     };
     let mut ticks = tokio::time::interval(COMPARE);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let client = client(&mut clients).await;
+        keeper.told = None;
         let api: Api<Node> = Api::all(client.clone());
         let mut seen = watcher::watch_object(api, keeper.cell.name.as_str()).boxed();
         loop {
@@ -152,14 +167,16 @@ impl Keeper {
             },
         };
         let record = HostRecord::read(&node);
-        let ours = &self.station.facts.machine_id;
-        if !record.machine_id.is_empty() && record.machine_id != *ours {
+        let ours = self.station.facts.machine_id.clone();
+        if !record.machine_id.is_empty() && record.machine_id != ours {
             self.node = Some(node);
+            self.tell(None);
             return Err(NodeError::Foreign {
                 theirs: record.machine_id,
-                ours: ours.clone(),
+                ours,
             });
         }
+        self.tell(Some(client));
         self.registered = true;
         self.cell.host.cordon(record.unschedulable);
         let node = match shape.metadata_patch(&node) {
@@ -181,6 +198,13 @@ impl Keeper {
         };
         self.node = Some(node);
         Ok(())
+    }
+
+    /// Whether the Node is this machine's.
+    fn tell(&mut self, client: Option<&Client>) {
+        if self.told.replace(client.is_some()) != Some(client.is_some()) {
+            self.ours.send_replace(client.cloned());
+        }
     }
 
     async fn shape(&mut self) -> HostNode {

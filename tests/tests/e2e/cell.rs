@@ -6,8 +6,10 @@ mod virtual_nodes;
 use std::collections::BTreeSet;
 
 use anyhow::{Context, ensure};
+use jiff::Timestamp;
 use k8s_openapi::api::{
     apps::v1::Deployment,
+    coordination::v1::Lease,
     core::v1::{Node, Pod, ResourceQuota},
 };
 use kube::{
@@ -38,6 +40,7 @@ pub(crate) fn tests() -> Vec<Case> {
         each_of_ten_pods_has_one_claim_after_virtual_node_was_killed_in_their_start,
         a_cell_that_is_away_disturbs_nothing_and_new_pods_wait_for_it,
         a_drained_host_gives_its_pods_up_and_each_starts_elsewhere,
+        a_machine_whose_node_is_anothers_renews_nothing_and_takes_nothing,
     ]);
     all.extend(virtual_nodes::tests());
     all
@@ -270,6 +273,55 @@ async fn a_drained_host_gives_its_pods_up_and_each_starts_elsewhere(scope: &Scop
         .await?;
     ensure!(uid(&again) == uid(&moved), "it was made anew");
     Ok(())
+}
+
+/// As if another machine had joined under the name of one that was thought dead.
+async fn a_machine_whose_node_is_anothers_renews_nothing_and_takes_nothing(scope: &Scope) -> anyhow::Result<()> {
+    let first = scope.start(pod("first", json!({"containers": [idle()]}))).await?;
+    let claim = claims_of(scope, &first).await?.pop().context("it has no claim")?;
+    let host = host_of(&claim).to_owned();
+    let client = cell(scope)?.cluster().client();
+    let nodes: Api<Node> = Api::all(client.clone());
+    let node = nodes.get(&host).await?;
+    let ours = node
+        .status
+        .and_then(|status| Some(status.node_info?.machine_id))
+        .context("its Node has no machine id")?;
+    let machine = async |id: &str| {
+        let patch = Patch::Merge(json!({"status": {"nodeInfo": {"machineID": id}}}));
+        nodes.patch_status(&host, &PatchParams::default(), &patch).await
+    };
+    machine("another").await?;
+    let held = async {
+        let leases: Api<Lease> = Api::namespaced(client.clone(), "kube-node-lease");
+        // Two renewals and a half; the Lease itself holds for four.
+        scope
+            .wait("that its Lease is not renewed any more", async || {
+                let lease = leases.get(&host).await.map_err(|e| e.to_string())?;
+                let renewed = lease.spec.and_then(|spec| spec.renew_time).map(|time| time.0);
+                let age = renewed.map(|at| Timestamp::now().duration_since(at).as_secs());
+                age.filter(|age| *age >= 25).map(drop).ok_or(format!("{age:?} s"))
+            })
+            .await?;
+        // Nor does it touch a claim that is deleted.
+        let name = claim.name_any();
+        let mark = Patch::Merge(json!({"metadata": {"annotations": {"spindrift.dev/agent": "192.0.2.99:1"}}}));
+        let marked = claims(scope)?.patch(&name, &PatchParams::default(), &mark).await?;
+        anyhow::Ok(marked.metadata.resource_version)
+    }
+    .await;
+    machine(&ours).await?;
+    let marked = held?;
+    // What was written there meanwhile stood until now, and is mended.
+    let name = claim.name_any();
+    scope
+        .wait("that its claim says where its agent is", async || {
+            let claim = claims(scope).map_err(|e| e.to_string())?.get(&name).await.map_err(|e| e.to_string())?;
+            let said = claim.annotations().get("spindrift.dev/agent").cloned();
+            let mended = claim.resource_version() != marked && said.as_deref() != Some("192.0.2.99:1");
+            if mended { Ok(()) } else { Err(format!("{said:?}")) }
+        })
+        .await
 }
 
 /// The placement on record: attempt and host.
