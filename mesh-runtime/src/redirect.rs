@@ -22,7 +22,8 @@
 //! What always holds:
 //! - everything the kernel needs is pinned: when this process dies, new
 //!   connections are dropped, and nothing is let through for lack of it;
-//! - a device that no pod is known on gets nothing through.
+//! - a device that no pod is known on gets nothing through;
+//! - past its deadline a pod gets nothing through, whether or not this process lives.
 #![allow(unsafe_code)]
 
 #[path = "../ebpf/src/abi.rs"]
@@ -42,6 +43,7 @@ mod classification;
     reason = "compiled for the kernel too; here only to be tested"
 )]
 mod classify;
+mod deadline;
 mod drops;
 mod listeners;
 mod programs;
@@ -49,6 +51,7 @@ mod router;
 mod routing;
 
 pub use abi::{MAX_ALLOWED, MAX_OFF_LIMITS, MAX_POOL_RANGES, Reason};
+pub use deadline::{BootTime, Deadline};
 pub use drops::Drops;
 pub use listeners::{Listeners, OpenListenerError};
 pub use programs::{Device, ProgramsError};

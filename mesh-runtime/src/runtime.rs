@@ -16,7 +16,7 @@ mod metrics;
 mod tenant;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::Ipv4Addr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
@@ -38,7 +38,7 @@ use crate::{
     limits::{Limits, Shares},
     off_limits::OffLimits,
     pod::PodRecord,
-    redirect::{Device, RouterError},
+    redirect::{Deadline, Device, Router, RouterError},
     telemetry::{Carried, Metrics},
 };
 
@@ -66,6 +66,9 @@ pub struct PodAttachment {
     pub device: String,
     /// Of the pod's side: the source of every frame it may send.
     pub mac: [u8; 6],
+    /// Until when it may send and be sent to, unless it is attached already: then what
+    /// stands in the kernel stays. [`MeshRuntime::set_deadlines`] moves it.
+    pub deadline: Deadline,
 }
 
 /// An attached pod. Cheap to clone; dropping it changes nothing.
@@ -155,6 +158,7 @@ struct Entry {
     carried: Arc<Carried>,
     drain: mpsc::Sender<Drain>,
     state: watch::Receiver<AttachmentState>,
+    router: Arc<Router>,
 }
 
 impl Attached {
@@ -233,7 +237,7 @@ impl MeshRuntime {
 
         let (attachment, attached) = self.attached.with(|entries| {
             if let Some(entry) = entries.get(&key) {
-                if entry.wanted != wanted {
+                if !entry.wanted.is_of(&wanted) {
                     return Err(AttachError::Conflict { key: key.clone() });
                 }
                 return Ok((
@@ -287,6 +291,55 @@ impl MeshRuntime {
             }
         }
         Ok(attachment)
+    }
+
+    /// Moves the deadlines of attached pods and returns which were; one that is not
+    /// attached (any more) is passed over. A tenant's failure does not keep the others'
+    /// from being moved.
+    pub async fn set_deadlines(
+        &self,
+        deadlines: impl IntoIterator<Item = (SandboxKey, Deadline)>,
+    ) -> Result<BTreeSet<SandboxKey>, RouterError> {
+        let mut there = BTreeSet::new();
+        let mut of_tenant: BTreeMap<TenantId, (Arc<Router>, BTreeMap<Ipv4Addr, Deadline>)> = BTreeMap::new();
+        self.attached.with(|entries| {
+            for (key, deadline) in deadlines {
+                let Some(entry) = entries.get(&key) else { continue };
+                let (_, addresses) = of_tenant
+                    .entry(entry.wanted.pod.tenant.clone())
+                    .or_insert_with(|| (Arc::clone(&entry.router), BTreeMap::new()));
+                addresses.insert(entry.wanted.address(), deadline);
+                if *entry.state.borrow() != AttachmentState::Detached {
+                    there.insert(key);
+                }
+            }
+        });
+        let told = of_tenant
+            .into_values()
+            .map(|(router, deadlines)| async move { router.set_deadlines(deadlines).await });
+        let told: Result<Vec<()>, RouterError> = futures::future::join_all(told).await.into_iter().collect();
+        told.map(|_| there)
+    }
+
+    /// What stands in the kernel for the tenant's pod with this address, attached by this
+    /// process or an earlier one. None if there is no such pod.
+    pub async fn deadline(
+        &self,
+        tenant: &TenantId,
+        address: Ipv4Addr,
+    ) -> Result<Option<Deadline>, RouterError> {
+        let slot = {
+            let tenants = self.tenants.lock().unwrap_or_else(PoisonError::into_inner);
+            tenants.get(tenant).cloned()
+        };
+        let open = match slot {
+            Some(slot) => slot.lock().await.clone(),
+            None => None,
+        };
+        match open {
+            Some(open) => open.router.deadline(address).await,
+            None => Ok(None),
+        }
     }
 
     /// Lets the pod's connections end for up to `drain`, then drops everything
@@ -345,7 +398,13 @@ impl PodAttachment {
             mac: self.mac,
             address: self.pod.address,
             mode: self.pod.mode,
+            deadline: self.deadline,
         }
+    }
+
+    /// Whether it is the same pod on the same device; its deadline moves.
+    fn is_of(&self, other: &Self) -> bool {
+        self.pod == other.pod && self.device == other.device && self.mac == other.mac
     }
 
     fn address(&self) -> Ipv4Addr {

@@ -34,6 +34,7 @@ use crate::{
     cni::{self, Desk, ListenError},
     config::Config,
     cri::{CriError, Runtime, events, wire::CgroupDriver},
+    fence::{self, Fence},
     host::{Host, Terms},
     housekeeping,
     image::{Images, egress},
@@ -224,6 +225,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         None => Meter::off(),
     };
     let desk = Desk::default();
+    let fence = Fence::new(config.cell.as_ref().map(|cell| cell.lease));
+    let facts = facts(runtime_version);
     let shop = Arc::new(Workshop {
         host: config.name.clone(),
         address: config.address,
@@ -243,6 +246,8 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
         files: config.policy.files,
         images,
         usage,
+        fence,
+        boot_id: facts.boot_id.clone(),
     });
     // Before anything is taken over, so that no sandbox starts without us.
     let cni = cni::listen(&config.cni_socket)?;
@@ -290,7 +295,7 @@ pub async fn run(config: Config, shutdown: CancellationToken) -> Result<(), Agen
     tokio::spawn(host.clone().keep_room());
     tokio::spawn(housekeeping::collect_images(host.clone()));
     tokio::spawn(metrics::serve(metrics_listener, registry, host.clone()));
-    let facts = facts(runtime_version);
+    tokio::spawn(fence::keep(host.clone()));
     if let (Some(settings), Some(enrolment), Claims::Needed(index)) = (config.cell, enrolment, claims) {
         let agent = SocketAddr::new(config.address, config.listen.port());
         let station = Station::detect(&facts, goarch());

@@ -2,6 +2,7 @@
 //! by a sandbox's `perform` (its attachment).
 
 use std::{
+    collections::BTreeSet,
     net::Ipv4Addr,
     time::{Duration, Instant},
 };
@@ -10,6 +11,7 @@ use mesh_runtime::{
     attachment::AttachmentState,
     control::InvalidPoolTls,
     pod::{Mode, PodRecord},
+    redirect::{Deadline, RouterError},
     runtime::{AttachError, Attachment, CloseTenantError, MeshRuntime, OpenTenantError, PodAttachment},
 };
 use pool_agent_api::{SandboxKey, SandboxSpec, Tenant, TenantId, spec::MeshMode, status::MeshState};
@@ -77,9 +79,31 @@ impl Mesh {
     }
 
     /// Returns once every packet of the pod is the mesh's or dropped. The device
-    /// must still be down, unless it was attached before.
-    pub async fn attach(&self, spec: &SandboxSpec, device: &PodDevice) -> Result<Attachment, AttachError> {
-        self.runtime.attach(wanted(spec, device)).await
+    /// must still be down, unless it was attached before: then the deadline it has stays.
+    pub async fn attach(
+        &self,
+        spec: &SandboxSpec,
+        device: &PodDevice,
+        deadline: Deadline,
+    ) -> Result<Attachment, AttachError> {
+        self.runtime.attach(wanted(spec, device, deadline)).await
+    }
+
+    /// Moves deadlines in the kernel; returns whose were there to be moved.
+    pub async fn set_deadlines(
+        &self,
+        deadlines: Vec<(SandboxKey, Deadline)>,
+    ) -> Result<BTreeSet<SandboxKey>, RouterError> {
+        self.runtime.set_deadlines(deadlines).await
+    }
+
+    /// What stands in the kernel. None if no pod of the tenant's has the address.
+    pub async fn deadline(
+        &self,
+        tenant: &TenantId,
+        address: Ipv4Addr,
+    ) -> Result<Option<Deadline>, RouterError> {
+        self.runtime.deadline(tenant, address).await
     }
 
     pub async fn detach(&self, key: &SandboxKey) {
@@ -87,7 +111,7 @@ impl Mesh {
     }
 }
 
-fn wanted(spec: &SandboxSpec, device: &PodDevice) -> PodAttachment {
+fn wanted(spec: &SandboxSpec, device: &PodDevice, deadline: Deadline) -> PodAttachment {
     let address: Ipv4Addr = device.address;
     PodAttachment {
         pod: PodRecord {
@@ -104,6 +128,7 @@ fn wanted(spec: &SandboxSpec, device: &PodDevice) -> PodAttachment {
         },
         device: device.name.clone(),
         mac: device.mac,
+        deadline,
     }
 }
 

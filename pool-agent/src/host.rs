@@ -16,7 +16,7 @@ mod adopt;
 mod pressure;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::{IpAddr, Ipv4Addr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -25,6 +25,7 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 use mesh_runtime::{
     off_limits::Refused,
+    redirect::Deadline,
     runtime::{CloseTenantError, OpenTenantError},
 };
 use pool_agent_api::{
@@ -53,6 +54,7 @@ use crate::{
     ledger::{Entry, Ledger, LedgerError, Record},
     network::{Network, NetworkError, Router},
     policy::privilege::{Privilege, Users},
+    right::{NoRight, Node},
     sandbox::{
         Lifecycle,
         clock::after,
@@ -101,6 +103,8 @@ pub enum StartError {
     Unclaimed(Unclaimed),
     #[error("opening the sandbox's tenant")]
     Tenant(#[from] TenantError),
+    #[error(transparent)]
+    NoRight(#[from] NoRight),
     #[error("the request that admitted the sandbox failed")]
     OtherFailed,
 }
@@ -181,6 +185,10 @@ impl OpenTenant {
 #[derive(Clone)]
 struct Resident {
     tenant: TenantId,
+    /// Whose grants count for it.
+    node: Node,
+    /// Its right to run is over, for good.
+    fenced: bool,
     commands: mpsc::Sender<Command>,
     progress: watch::Receiver<Progress>,
     /// Its admission is on disk (true), or could not be put there (false).
@@ -239,14 +247,16 @@ struct Newcomer {
     tenant: OpenTenant,
 }
 
-fn resident(tenant: &TenantId) -> (Resident, Ends) {
+fn resident(node: &Node) -> (Resident, Ends) {
     let (commands, inbox) = mpsc::channel(INBOX);
     let progress = watch::Sender::new(Progress::default());
     let durable = watch::Sender::new(None);
     let disk = watch::Sender::new(Disk::default());
     let ended = watch::Sender::new(false);
     let resident = Resident {
-        tenant: tenant.clone(),
+        tenant: node.tenant.clone(),
+        node: node.clone(),
+        fenced: false,
         commands,
         progress: progress.subscribe(),
         durable: durable.subscribe(),
@@ -525,6 +535,7 @@ impl Host {
             identity: tenant.identity_of(&slimmed),
             user_ids,
             accepted_at,
+            boot_id: Some(self.inner.shop.boot_id.clone()),
             stop_by: None,
         };
         let opened = entry.clone();
@@ -602,7 +613,7 @@ impl Host {
         &self,
         spec: &Arc<SandboxSpec>,
         permitted: Result<Users, Refusal>,
-    ) -> Result<Result<Newcomer, Option<Durable>>, Refusal> {
+    ) -> Result<Result<Newcomer, Option<Durable>>, StartError> {
         let mut guard = self.state();
         let state = &mut *guard;
         // What is here stays as it was admitted, also under a policy that has changed since.
@@ -619,7 +630,8 @@ impl Host {
                         reason: RefusalReason::UnknownTenant,
                         message: format!("tenant {} is being configured on this host", spec.tenant),
                         free: state.admission.free(),
-                    });
+                    }
+                    .into());
                 };
                 let pressure = *self.inner.shop.pressure.borrow();
                 if let Some(message) = crate::pressure::refuses(pressure, spec.claim, Qos::of(spec)) {
@@ -628,7 +640,15 @@ impl Host {
                         reason: RefusalReason::NoRoom,
                         message,
                         free: state.admission.free(),
-                    });
+                    }
+                    .into());
+                }
+                // Under the lock that fencing takes: it finds this sandbox, or this finds it
+                // under way.
+                let node = Node::new(&spec.tenant, &spec.node_name);
+                if let Err(no_right) = self.inner.shop.fence.admit(&node) {
+                    state.admission.undo(&spec.key);
+                    return Err(no_right.into());
                 }
                 let user_ids = match permitted.inspect_err(|_| state.admission.undo(&spec.key))? {
                     Users::Host => None,
@@ -642,7 +662,7 @@ impl Host {
                     })?),
                 };
                 let older = supersedes.and_then(|old| state.residents.get(&old).cloned());
-                let (resident, ends) = resident(&spec.tenant);
+                let (resident, ends) = resident(&node);
                 state.residents.insert(spec.key.clone(), resident);
                 Ok(Ok(Newcomer {
                     address,
@@ -756,6 +776,50 @@ impl Host {
     fn state(&self) -> MutexGuard<'_, State> {
         // Every change is made whole before the guard goes.
         self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    // ---- the right to run
+
+    /// The deadline of each sandbox that has not been fenced.
+    pub fn unfenced(&self, deadline: impl Fn(&Node) -> Deadline) -> BTreeMap<SandboxKey, Deadline> {
+        let state = self.state();
+        let mut of_node: HashMap<&Node, Deadline> = HashMap::new();
+        let unfenced = state.residents.iter().filter(|(_, resident)| !resident.fenced);
+        unfenced
+            .map(|(key, resident)| {
+                let of = *of_node
+                    .entry(&resident.node)
+                    .or_insert_with(|| deadline(&resident.node));
+                (key.clone(), of)
+            })
+            .collect()
+    }
+
+    /// Fences every sandbox of the node that is here: none has a right to run again.
+    pub fn fence(&self, node: &Node) {
+        let of_node: Vec<SandboxKey> = {
+            let state = self.state();
+            let of_node = state
+                .residents
+                .iter()
+                .filter(|(_, r)| r.node == *node && !r.fenced);
+            of_node.map(|(key, _)| key.clone()).collect()
+        };
+        for key in of_node {
+            self.fence_one(&key);
+        }
+    }
+
+    fn fence_one(&self, key: &SandboxKey) {
+        let mut state = self.state();
+        let Some(resident) = state.residents.get_mut(key) else {
+            return;
+        };
+        resident.fenced = true;
+        tracing::warn!(pod.uid = %key.pod, attempt = %key.attempt, tenant = %resident.tenant, "a sandbox is fenced");
+        let resident = resident.clone();
+        // Nobody else's end waits for a driver that is slow.
+        tokio::spawn(async move { tell(&resident, Command::Event(Event::Fence)).await });
     }
 
     // ---- drivers

@@ -92,6 +92,9 @@ pub struct Entry {
     /// as it lives; None if it has none.
     pub user_ids: Option<IdRange>,
     pub accepted_at: Timestamp,
+    /// Of the host as it was admitted: under another it is void. None: an older agent
+    /// admitted it, which did not say.
+    pub boot_id: Option<String>,
     /// The earliest time by which it was asked to have stopped.
     pub stop_by: Option<Timestamp>,
 }
@@ -529,6 +532,8 @@ enum Stored {
         user_ids: Option<u32>,
         #[serde(with = "as_text")]
         accepted_at: Timestamp,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        boot_id: Option<String>,
     },
     Stopping {
         uid: String,
@@ -594,6 +599,7 @@ impl From<&Record> for Stored {
                 identity: entry.identity.clone(),
                 user_ids: entry.user_ids.map(|ids| ids.first),
                 accepted_at: entry.accepted_at,
+                boot_id: entry.boot_id.clone(),
             },
             Record::Stopping(key, by) => Self::Stopping {
                 uid: key.pod.to_string(),
@@ -680,6 +686,7 @@ impl Contents {
                 identity,
                 user_ids,
                 accepted_at,
+                boot_id,
             } => {
                 let key = key(uid, attempt)?;
                 let tenant = TenantId::parse("tenant", tenant)?;
@@ -702,6 +709,7 @@ impl Contents {
                         identity,
                         user_ids: user_ids.map(|first| IdRange { first }),
                         accepted_at,
+                        boot_id,
                         stop_by: None,
                     },
                 );

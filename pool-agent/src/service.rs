@@ -10,6 +10,7 @@ pub mod tls;
 
 mod calls;
 mod container_logs;
+mod grants;
 mod splice;
 mod stats;
 mod watch;
@@ -124,6 +125,7 @@ async fn whole<T: Send + 'static>(
 #[tonic::async_trait]
 impl PoolAgent for Service {
     type WatchStream = Counted<ReceiverStream<Result<wire::WatchEvent, Status>>>;
+    type GrantStream = Counted<ReceiverStream<Result<wire::GrantResponse, Status>>>;
     type LogsStream = Counted<ReceiverStream<Result<wire::LogChunk, Status>>>;
     type SpliceStream = Counted<ReceiverStream<Result<wire::SpliceFrame, Status>>>;
 
@@ -265,6 +267,16 @@ impl PoolAgent for Service {
         let caller = caller(&request)?;
         let call = call(&request)?;
         let stream = watch::start(self.host.board(), caller);
+        Ok(Response::new(Counted::new(stream, call)))
+    }
+
+    async fn grant(
+        &self,
+        request: Request<Streaming<wire::GrantRequest>>,
+    ) -> Result<Response<Self::GrantStream>, Status> {
+        let caller = caller(&request)?;
+        let call = call(&request)?;
+        let stream = grants::start(self.host.shop().fence.clone(), caller, request.into_inner());
         Ok(Response::new(Counted::new(stream, call)))
     }
 

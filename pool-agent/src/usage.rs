@@ -246,7 +246,7 @@ impl Meter {
         let ended = match reason {
             "Evicted" => Ended::Evicted,
             "DeadlineExceeded" => Ended::DeadlineExceeded,
-            "SandboxLost" => Ended::Lost,
+            "SandboxLost" | "Fenced" => Ended::Lost,
             _ if asked => Ended::Stopped,
             _ => Ended::Completed,
         };

@@ -24,6 +24,7 @@ mod containerd {
     pub(crate) mod network;
     pub(crate) mod privilege;
     pub(crate) mod probes;
+    pub(crate) mod right;
     pub(crate) mod room;
     pub(crate) mod usage;
     pub(crate) mod volumes;
@@ -44,10 +45,12 @@ fn main() -> ExitCode {
         containerd::room::tests(),
         containerd::logs::tests(),
         containerd::network::tests(),
+        containerd::right::tests(),
         containerd::privilege::tests(),
         containerd::privilege::alone(),
         containerd::images::tests_alone(),
         containerd::usage::tests(),
+        containerd::right::tests_alone(),
         containerd::faults::tests(),
     ];
     suite::run(modules.into_iter().flatten().collect())

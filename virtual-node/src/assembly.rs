@@ -14,7 +14,7 @@ use anyhow::anyhow;
 use bounds::Bounds;
 use k8s_openapi::api::core::v1::Node;
 use kube::Client;
-use pool_agent_api::{HostName, TenantId, tenant::MeshControl};
+use pool_agent_api::{Epoch, HostName, TenantId, tenant::MeshControl};
 use prometheus_client::registry::Registry;
 use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
@@ -29,7 +29,7 @@ use crate::{
     node::{self, Offer, Registration},
     placement::{Cell, Placer},
     pod::{self, Directory, Supervisor, budget::Budgets, driver::Tools, translate::NodeFacts},
-    pool::{self, HostTable, Membership, Named, Pool},
+    pool::{self, HostTable, Membership, Named, Pool, Rights},
     pool_tls::PoolTls,
 };
 
@@ -37,6 +37,9 @@ use crate::{
 pub(crate) struct Setup {
     pub(crate) node_name: String,
     pub(crate) tenant: TenantId,
+    /// Higher than that of every earlier holder of the node: hosts take grants of no
+    /// other.
+    pub(crate) epoch: Epoch,
     /// The Node's InternalIP.
     pub(crate) address: IpAddr,
     pub(crate) node: config::Node,
@@ -92,6 +95,7 @@ impl Assembly {
             node_name: setup.node_name.clone(),
             cluster: setup.cluster.clone(),
             mesh: setup.mesh.control.clone(),
+            rights: Rights::new(setup.epoch),
         };
         let pool_tls = setup.pool_tls;
         let connect = {

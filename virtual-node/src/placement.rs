@@ -26,8 +26,11 @@ use std::{
 pub(crate) use admitted::Arrival;
 use board::Board;
 pub(crate) use cell::Cell;
+pub(crate) use claims::Proof;
 
-use pool_agent_api::{Attempt, HostName, Invalid, Namespace, PodName, PodUid, Resources, ServiceAccountName};
+use pool_agent_api::{
+    Attempt, HostName, Invalid, Namespace, PodName, PodUid, Resources, SandboxKey, ServiceAccountName,
+};
 pub(crate) use table::Shortage;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -203,6 +206,11 @@ enum Request {
         pod: PodUid,
         host: HostName,
     },
+    GiveUp {
+        key: SandboxKey,
+        proof: Proof,
+        over: oneshot::Sender<()>,
+    },
 }
 
 /// The placer has ended: the process is stopping.
@@ -314,6 +322,17 @@ impl Placer {
     /// for it stays held.
     pub(crate) async fn finished(&self, pod: PodUid) {
         let _gone = self.requests.send(Request::Finished { pod }).await.is_err();
+    }
+
+    /// The pod's attempt, which is held, is on a host that is silent and has no live grant
+    /// of ours. Returns once there is proof that it may run no more; with hosts of a list
+    /// there never is.
+    pub(crate) async fn give_up(&self, key: SandboxKey, proof: Proof) {
+        let (over, is_over) = oneshot::channel();
+        let request = Request::GiveUp { key, proof, over };
+        if self.requests.send(request).await.is_err() || is_over.await.is_err() {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// The pod runs no more; its logs are there.

@@ -31,7 +31,6 @@ pub(crate) mod translate;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     sync::Arc,
-    time::Duration,
 };
 
 use driver::{Driver, Tools};
@@ -81,10 +80,6 @@ impl Heard {
 
     fn is_silent(&self, host: &HostName) -> bool {
         self.silent.contains_key(host)
-    }
-
-    fn is_silent_for(&self, host: &HostName, time: Duration) -> bool {
-        self.silent.get(host).is_some_and(|since| since.elapsed() > time)
     }
 }
 
@@ -451,9 +446,6 @@ impl Supervisor {
         Some(Found { pod, sandbox })
     }
 }
-
-/// How long a host may be silent before its pods count as not ready.
-pub(crate) const HOST_GRACE: Duration = Duration::from_secs(40);
 
 /// None, with a warning, for an id that no API server makes.
 fn uid(pod: &Pod) -> Option<PodUid> {

@@ -16,8 +16,10 @@
 mod channel;
 mod link;
 mod links;
+mod right;
 
 pub(crate) use channel::channel;
+pub(crate) use right::Rights;
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -142,6 +144,7 @@ impl CallError {
 /// All hosts. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Pool {
+    rights: Rights,
     hosts: watch::Receiver<Arc<Hosts>>,
 }
 
@@ -160,6 +163,8 @@ pub(crate) struct Membership {
     pub(crate) node_name: String,
     pub(crate) cluster: config::Cluster,
     pub(crate) mesh: MeshControl,
+    /// What this process grants to hosts.
+    pub(crate) rights: Rights,
 }
 
 impl Pool {
@@ -177,14 +182,20 @@ impl Pool {
         let (events, receiver) = mpsc::channel(EVENTS);
         let (table, table_receiver) = watch::channel(HostTable::default());
         let (hosts, hosts_receiver) = watch::channel(Arc::default());
+        let rights = membership.rights.clone();
         let mut links = links::Links::new(connect, membership, events, table, hosts);
         // What is listed can be called as soon as this returns.
         links.follow(&named.borrow_and_update());
         tokio::spawn(links.run(named));
         let pool = Self {
+            rights,
             hosts: hosts_receiver,
         };
         (pool, receiver, table_receiver)
+    }
+
+    pub(crate) fn rights(&self) -> &Rights {
+        &self.rights
     }
 
     /// None if the pool has no such host (any more), or none that can be called yet.
@@ -270,6 +281,14 @@ impl HostClient {
     async fn watch(&self) -> Result<Streaming<wire::WatchEvent>, CallError> {
         let mut client = self.client.clone();
         self.call(client.watch(wire::WatchRequest {})).await
+    }
+
+    async fn grant<S>(&self, grants: S) -> Result<Streaming<wire::GrantResponse>, CallError>
+    where
+        S: futures::Stream<Item = wire::GrantRequest> + Send + 'static,
+    {
+        let mut client = self.client.clone();
+        self.call(client.grant(grants)).await
     }
 
     /// `Ok(Err(_))` is the host's refusal to take the sandbox: it does not run there.

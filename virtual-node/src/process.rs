@@ -13,7 +13,7 @@ use kube::{
     Client, Config as ClientConfig,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use pool_agent_api::tenant::MeshControl;
+use pool_agent_api::{Epoch, tenant::MeshControl};
 use prometheus_client::registry::Registry;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
@@ -72,6 +72,7 @@ async fn setup(config: Config, shutdown: &CancellationToken) -> anyhow::Result<S
     Ok(Setup {
         node_name: config.node_name,
         tenant: config.tenant,
+        epoch: epoch()?,
         address: config.address,
         node: config.node,
         client: match &config.kubeconfig {
@@ -111,6 +112,13 @@ async fn setup(config: Config, shutdown: &CancellationToken) -> anyhow::Result<S
             },
         },
     })
+}
+
+/// Of a process that a file describes: one at a time, and each later than the one before.
+fn epoch() -> anyhow::Result<Epoch> {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let since = since.context("this machine's clock is before 1970")?;
+    Ok(Epoch::parse("epoch", u64::try_from(since.as_millis())?)?)
 }
 
 /// A client as a kubeconfig of our own operator says; it may name files and commands.

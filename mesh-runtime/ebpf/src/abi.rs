@@ -8,7 +8,7 @@
 //! written; the programs convert from the network's order once, in `parse`.
 
 /// Part of the path under which everything is pinned.
-pub const SCHEMA: u32 = 2;
+pub const SCHEMA: u32 = 3;
 
 /// Put on packets that are the proxy's. A policy route delivers them locally.
 pub const MARK: u32 = 0x15;
@@ -51,6 +51,20 @@ pub struct PodEntry {
     /// takes the listeners over before it has learnt of every pod; until then
     /// it would reset what it can't tell, so the kernel keeps it from it.
     pub known: u8,
+    /// Nanoseconds since the boot, suspended time included (`CLOCK_BOOTTIME`): after
+    /// it everything to and from the pod is dropped, whether or not an agent is there
+    /// to see to it. [`NO_DEADLINE`]: there is none. So 0 is one that has passed.
+    pub deadline: u64,
+}
+
+pub const NO_DEADLINE: u64 = u64::MAX;
+
+impl PodEntry {
+    /// Whether the pod has no right to run any more, at `now` of the same clock.
+    #[inline(always)]
+    pub fn is_over(&self, now: u64) -> bool {
+        now > self.deadline
+    }
 }
 
 pub const ENROLLED: u8 = 1;
@@ -170,10 +184,12 @@ pub enum Reason {
     /// From outside, in the name of a pod of the pool that is no workload of the
     /// tenant's, and not for the mesh's port.
     ForeignPod = 22,
+    /// To or from a pod whose right to run has ended.
+    RightEnded = 23,
 }
 
 impl Reason {
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::UnknownDevice,
         Self::SourceMac,
         Self::SourceAddress,
@@ -197,6 +213,7 @@ impl Reason {
         Self::Leak,
         Self::OffLimits,
         Self::ForeignPod,
+        Self::RightEnded,
     ];
     pub const COUNT: usize = Self::ALL.len();
 
@@ -226,6 +243,7 @@ impl Reason {
             Self::Leak => "leak",
             Self::OffLimits => "off_limits",
             Self::ForeignPod => "foreign_pod",
+            Self::RightEnded => "right_ended",
         }
     }
 }

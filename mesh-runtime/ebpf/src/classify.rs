@@ -7,7 +7,8 @@
 //! - TCP of an enrolled pod is never passed on: it is the proxy's or dropped;
 //! - nothing of the pool is reached but the tenant's own workloads, and nobody who
 //!   has a pool's address reaches them but they themselves and the mesh;
-//! - a packet that passes has the source of the pod whose device it came from.
+//! - a packet that passes has the source of the pod whose device it came from;
+//! - a pod whose right to run has ended gets nothing through, and nothing gets to it.
 
 use core::hint::black_box;
 
@@ -56,6 +57,8 @@ pub trait Tables {
     fn is_workload(&self, address: u32) -> bool;
     /// Whether the operator lets pods reach this, which is off limits but for that.
     fn is_allowed(&self, address: u32, port: u16) -> bool;
+    /// The time that pods' deadlines are of.
+    fn now(&self) -> u64;
 }
 
 /// What the decision needs of a packet.
@@ -205,6 +208,9 @@ fn same(a: &[u8; 6], b: &[u8; 6]) -> bool {
 /// A packet that a pod sent.
 #[inline(always)]
 pub fn from_pod(pod: &PodEntry, settings: &Settings, packet: &Packet, tables: &impl Tables) -> Verdict {
+    if pod.is_over(tables.now()) {
+        return Drop(Reason::RightEnded);
+    }
     if !same(&packet.source_mac, &pod.mac) {
         return Drop(Reason::SourceMac);
     }
@@ -273,6 +279,7 @@ fn from_unmeshed(settings: &Settings, packet: &Packet, tables: &impl Tables) -> 
         return Drop(Reason::IcmpType);
     }
     match tables.pod(packet.destination) {
+        Some(to) if to.is_over(tables.now()) => Drop(Reason::RightEnded),
         Some(to) if to.mode == ENROLLED => to_enrolled(packet),
         Some(_) => to_unmeshed(settings, packet),
         // Nobody else balances a Service here, so the proxy does, in plaintext.
@@ -338,6 +345,9 @@ pub fn from_uplink(settings: &Settings, packet: &Packet, quoted: u8, tables: &im
     let Some(to) = tables.pod(packet.destination) else {
         return Drop(Reason::NoSuchPod);
     };
+    if to.is_over(tables.now()) {
+        return Drop(Reason::RightEnded);
+    }
     if foreign && !(to.mode == ENROLLED && packet.is_tunnels()) {
         return Drop(Reason::ForeignPod);
     }
@@ -383,6 +393,14 @@ pub fn to_uplink(settings: &Settings, packet: &Packet, tables: &impl Tables) -> 
     };
     if !answer && is_off_limits(settings, packet, tables) {
         return Drop(Reason::OffLimits);
+    }
+    // What the proxy still has to send in the name of a pod: the kernel would go on
+    // with it when the agent has stopped. No other table has a pod's deadline.
+    if tables
+        .pod(packet.source)
+        .is_some_and(|pod| pod.is_over(tables.now()))
+    {
+        return Drop(Reason::RightEnded);
     }
     Pass
 }

@@ -4,7 +4,7 @@
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
     btf_maps::{Array, HashMap, PerCpuArray, SockMap},
-    helpers::{bpf_map_lookup_elem, bpf_sk_release},
+    helpers::{bpf_ktime_get_boot_ns, bpf_map_lookup_elem, bpf_sk_release},
     macros::btf_map,
 };
 
@@ -122,5 +122,11 @@ impl Tables for Maps {
     fn is_allowed(&self, address: u32, port: u16) -> bool {
         // SAFETY: only the presence is looked at.
         unsafe { ALLOWED.get(endpoint(address, port)) }.is_some()
+    }
+
+    #[inline(always)]
+    fn now(&self) -> u64 {
+        // SAFETY: it reads a clock.
+        unsafe { bpf_ktime_get_boot_ns() }
     }
 }

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, net::Ipv4Addr};
 use proptest::prelude::*;
 
 use super::{
-    abi::{ENROLLED, PodEntry, Range, Reason, Settings, UNMESHED, slot},
+    abi::{ENROLLED, NO_DEADLINE, PodEntry, Range, Reason, Settings, UNMESHED, slot},
     classify::{
         Arrival, DNS_PORT, HBONE_PORT, HEADERS, ICMP, Packet, Selection, TCP, Tables, UDP, Verdict, from_pod,
         from_uplink, parse, select, to_uplink,
@@ -25,6 +25,8 @@ const POD_ELSEWHERE: Ipv4Addr = Ipv4Addr::new(10, 77, 2, 2);
 /// Of another tenant, in no range that this one says is its own.
 const FOREIGN_POD: Ipv4Addr = Ipv4Addr::new(10, 78, 2, 2);
 const OTHER_HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 12);
+/// Nanoseconds since the boot.
+const NOW: u64 = 1_000_000;
 const STRANGER: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 5);
 
 /// Every kind of address there is.
@@ -84,6 +86,10 @@ impl Tables for Host {
     fn is_allowed(&self, address: u32, port: u16) -> bool {
         (address, port) == (OTHER_HOST.into(), 6443)
     }
+
+    fn now(&self) -> u64 {
+        NOW
+    }
 }
 
 fn host() -> Host {
@@ -124,6 +130,7 @@ fn pod(address: Ipv4Addr, mode: u8) -> PodEntry {
         mac: [2, 0, 0, 0, 0, 1],
         mode,
         known: 1,
+        deadline: NO_DEADLINE,
     }
 }
 
@@ -384,6 +391,19 @@ fn nothing_new_of_a_pod_or_to_it_is_heard_before_the_proxy_knows_it() {
     }
 }
 
+/// The host's pods, whose right to run ended a moment ago.
+fn over() -> Host {
+    Host {
+        pods: pods()
+            .into_iter()
+            .map(|pod| {
+                let deadline = NOW - 1;
+                (pod.address, PodEntry { deadline, ..pod })
+            })
+            .collect(),
+    }
+}
+
 fn address() -> impl Strategy<Value = u32> {
     prop_oneof![
         3 => proptest::sample::select(&ADDRESSES[..]).prop_map(u32::from),
@@ -438,6 +458,24 @@ proptest! {
             prop_assert_eq!(packet.source, pod.address);
             prop_assert!(!UNREACHABLE.map(u32::from).contains(&packet.destination));
         }
+    }
+
+    #[test]
+    fn past_its_deadline_nothing_of_a_pod_or_to_it_passes(which in 0..2usize, packet in any_packet()) {
+        let ended = over();
+        let here = |address| ended.pod(address).is_some();
+        let pod = PodEntry { deadline: NOW - 1, ..pods()[which] };
+        let dropped = |verdict| matches!(verdict, Verdict::Drop(_));
+        prop_assert_eq!(from_pod(&pod, &settings(), &packet, &ended), Verdict::Drop(Reason::RightEnded));
+        prop_assert!(!here(packet.destination) || dropped(from_uplink(&settings(), &packet, 0, &ended)));
+        prop_assert!(!here(packet.source) || dropped(to_uplink(&settings(), &packet, &ended)));
+        // From one that may run to one that may not: the proxy's to refuse, or dropped.
+        let living = pods()[1];
+        let to_ended = Packet { destination: pod.address, ..packet };
+        prop_assert!(dropped(from_pod(&living, &settings(), &to_ended, &ended)));
+        // A deadline that is now has not passed.
+        let last = PodEntry { deadline: NOW, ..pods()[which] };
+        prop_assert!(from_pod(&last, &settings(), &packet, &host()) != Verdict::Drop(Reason::RightEnded));
     }
 
     #[test]

@@ -22,7 +22,7 @@
 //! off by accident.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     net::Ipv4Addr,
     os::fd::AsRawFd,
@@ -42,7 +42,7 @@ use aya::{
 use nix::{errno::Errno, net::if_::if_nametoindex};
 
 use super::{
-    Drops,
+    Deadline, Drops,
     abi::{
         self, MAX_ALLOWED, MAX_HOST_ADDRESSES, MAX_OFF_LIMITS, MAX_PODS, MAX_POOL_RANGES, MAX_SERVICES,
         MAX_WORKLOADS, PodEntry, Reason, SCHEMA, Settings, slot,
@@ -57,7 +57,7 @@ static OBJECT: &[u8] = include_bytes_aligned!("../../ebpf/object/redirect.o");
 // SAFETY (each): `repr(C)` of integers with no padding, as the sizes below prove.
 unsafe impl aya::Pod for PodEntry {}
 unsafe impl aya::Pod for Settings {}
-const _: () = assert!(size_of::<PodEntry>() == 4 + 4 + 6 + 1 + 1);
+const _: () = assert!(size_of::<PodEntry>() == 4 + 4 + 6 + 1 + 1 + 8);
 const _: () = assert!(size_of::<Settings>() == (2 + MAX_POOL_RANGES + MAX_OFF_LIMITS) * 8 + 4 * 4 + 4);
 
 #[derive(Debug, thiserror::Error)]
@@ -128,6 +128,9 @@ pub struct Device {
     pub mac: [u8; 6],
     pub address: Ipv4Addr,
     pub mode: crate::pod::Mode,
+    /// Until when it may send and be sent to; of a device that is attached already,
+    /// what it has stands.
+    pub deadline: Deadline,
 }
 
 pub(super) struct Programs {
@@ -291,6 +294,7 @@ impl Programs {
                 crate::pod::Mode::Unmeshed => abi::UNMESHED,
             },
             known: 1,
+            deadline: device.deadline.to_kernel(),
         };
         if let Some(other) = get(&self.by_address, entry.address, "PODS_BY_ADDRESS")?
             && other.device != index
@@ -303,11 +307,17 @@ impl Programs {
             }
             self.device_gone(other.device)?;
         }
-        if let Some(before) = get(&self.by_device, index, "PODS_BY_DEVICE")?
-            && before.address != entry.address
-        {
-            remove(&mut self.by_address, before.address, "PODS_BY_ADDRESS")?;
-        }
+        let entry = match get(&self.by_device, index, "PODS_BY_DEVICE")? {
+            Some(before) if before.address == entry.address => PodEntry {
+                deadline: before.deadline,
+                ..entry
+            },
+            Some(before) => {
+                remove(&mut self.by_address, before.address, "PODS_BY_ADDRESS")?;
+                entry
+            }
+            None => entry,
+        };
         self.by_device
             .insert(index, entry, 0)
             .map_err(write("PODS_BY_DEVICE"))?;
@@ -315,6 +325,37 @@ impl Programs {
             .insert(entry.address, entry, 0)
             .map_err(write("PODS_BY_ADDRESS"))?;
         self.filter(&device.name)
+    }
+
+    /// Moves the deadlines of the pods with these addresses; one that is not attached
+    /// has none to move.
+    pub(super) fn set_deadlines(
+        &mut self,
+        deadlines: &BTreeMap<Ipv4Addr, Deadline>,
+    ) -> Result<(), ProgramsError> {
+        for (address, deadline) in deadlines {
+            let address = u32::from(*address);
+            let Some(entry) = get(&self.by_address, address, "PODS_BY_ADDRESS")? else {
+                continue;
+            };
+            let entry = PodEntry {
+                deadline: deadline.to_kernel(),
+                ..entry
+            };
+            self.by_device
+                .insert(entry.device, entry, 0)
+                .map_err(write("PODS_BY_DEVICE"))?;
+            self.by_address
+                .insert(address, entry, 0)
+                .map_err(write("PODS_BY_ADDRESS"))?;
+        }
+        Ok(())
+    }
+
+    /// None if no pod is attached with this address.
+    pub(super) fn deadline(&self, address: Ipv4Addr) -> Result<Option<Deadline>, ProgramsError> {
+        let entry = get(&self.by_address, address.into(), "PODS_BY_ADDRESS")?;
+        Ok(entry.map(|entry| Deadline::of_kernel(entry.deadline)))
     }
 
     /// Drops everything to and from the pod with this address. Its device keeps

@@ -11,13 +11,20 @@
 //! bpf and netlink calls may block on the kernel's locks, so they are made on
 //! that thread, one after another, and nobody's executor waits.
 
-use std::{collections::BTreeSet, io, net::Ipv4Addr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::Ipv4Addr,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{
-    Drops,
+    Deadline, Drops,
     abi::{Range, Settings, endpoint},
     listeners::{Listeners, OpenListenerError},
     programs::{self, Device, Programs, ProgramsError},
@@ -93,6 +100,8 @@ pub struct Router {
 enum Command {
     Attach(Device, Reply<()>),
     Detach(Ipv4Addr, Reply<()>),
+    Deadlines(BTreeMap<Ipv4Addr, Deadline>, Reply<()>),
+    Deadline(Ipv4Addr, Reply<Option<Deadline>>),
     Services(BTreeSet<u32>, Reply<()>),
     Workloads(BTreeSet<u32>, Reply<()>),
     /// At a device that may be gone, or have lost its program.
@@ -150,6 +159,17 @@ impl Router {
     /// Drops everything to and from the pod with this address, from now on.
     pub async fn detach(&self, address: Ipv4Addr) -> Result<(), RouterError> {
         self.ask(|reply| Command::Detach(address, reply)).await
+    }
+
+    /// Moves the deadlines of the attached pods with these addresses: past it everything
+    /// to and from the pod is dropped, also when this process has stopped.
+    pub async fn set_deadlines(&self, deadlines: BTreeMap<Ipv4Addr, Deadline>) -> Result<(), RouterError> {
+        self.ask(|reply| Command::Deadlines(deadlines, reply)).await
+    }
+
+    /// That of the pod with this address; None if none is attached.
+    pub async fn deadline(&self, address: Ipv4Addr) -> Result<Option<Deadline>, RouterError> {
+        self.ask(|reply| Command::Deadline(address, reply)).await
     }
 
     /// Tells the kernel all addresses of the tenant's Services: unmeshed pods'
@@ -272,6 +292,8 @@ fn serve(mut programs: Programs, mut queue: mpsc::Receiver<Command>) {
         match command {
             Command::Attach(device, reply) => drop(reply.send(programs.attach(&device))),
             Command::Detach(address, reply) => drop(reply.send(programs.detach(address))),
+            Command::Deadlines(deadlines, reply) => drop(reply.send(programs.set_deadlines(&deadlines))),
+            Command::Deadline(address, reply) => drop(reply.send(programs.deadline(address))),
             Command::Services(addresses, reply) => drop(reply.send(programs.set_services(&addresses))),
             Command::Workloads(addresses, reply) => drop(reply.send(programs.set_workloads(&addresses))),
             Command::Look(device) => warn_of(programs.look_after(device)),

@@ -66,6 +66,7 @@ pub(super) fn start(
         carried: carried.clone(),
         drain,
         state: state_receiver,
+        router: Arc::clone(&tenant.router),
     };
     let synced = tenant.proxy.synced();
     let mode = wanted.pod.mode;

@@ -21,7 +21,7 @@ use mesh_runtime::{
     netns::Netns,
     off_limits::OffLimits,
     pod::Mode,
-    redirect::{Device, Drops, Listeners, Reason, Router, RouterConfig},
+    redirect::{Deadline, Device, Drops, Listeners, Reason, Router, RouterConfig},
 };
 use socket2::{Domain, Socket, Type};
 use tokio::{
@@ -181,7 +181,7 @@ fn mac(bytes: [u8; 6]) -> String {
 impl Lab {
     /// What is pinned of a tenant, as `redirect::abi::SCHEMA` has it.
     pub(crate) fn pins(&self, tenant: &str) -> std::path::PathBuf {
-        self.bpffs.path().join("v2").join(tenant)
+        self.bpffs.path().join("v3").join(tenant)
     }
 
     pub(crate) fn new() -> Self {
@@ -350,6 +350,7 @@ impl Pod {
             mac: self.mac,
             address: self.address,
             mode,
+            deadline: Deadline::Never,
         }
     }
 

@@ -11,5 +11,6 @@ mod inbound;
 mod lifetime;
 mod off_limits;
 mod refusal;
+mod right;
 mod runtime;
 mod unmeshed;

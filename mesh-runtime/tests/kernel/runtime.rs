@@ -7,6 +7,7 @@ use mesh_runtime::{
     attachment::AttachmentState,
     control::PoolTls,
     pod::{Mode, PodRecord},
+    redirect::Deadline,
     runtime::{AttachError, CloseTenantError, Config, MeshRuntime, OpenTenantError, PodAttachment},
 };
 use pool_agent_api::{Attempt, SandboxKey, Tenant, TenantId, tenant::MeshControl};
@@ -83,6 +84,7 @@ fn wanted(pod: &Pod, attempt: u32, mode: Mode) -> PodAttachment {
         },
         device: pod.device.clone(),
         mac: pod.mac,
+        deadline: Deadline::Never,
     }
 }
 

@@ -492,6 +492,7 @@ impl Lab {
                 },
                 device: device.clone(),
                 mac: [2, 0, 0, 0, 3, number],
+                deadline: mesh_runtime::redirect::Deadline::Never,
             })
             .await
             .unwrap();

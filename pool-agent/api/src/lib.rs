@@ -13,6 +13,7 @@
 //! - a value refused at this edge names the field, as a path in the message
 //!   (`containers[0].mounts[1].volume`), and the problem ([`Invalid`]).
 
+pub mod grant;
 pub mod host;
 pub mod id;
 mod invalid;
@@ -22,6 +23,7 @@ pub mod spec;
 pub mod status;
 pub mod tenant;
 
+pub use grant::{Epoch, Grant};
 pub use host::{Host, Pressure, Resources};
 pub use id::{
     Attempt, ContainerName, HostName, Namespace, PodName, PodUid, SandboxKey, ServiceAccountName, TenantId,

@@ -4,14 +4,20 @@
 //! of the certificates by which hosts and virtual nodes know each other. See
 //! `docs/decisions/the-cell.md`.
 //!
-//! [`rule`] and [`member`] decide (pure), [`round`] looks and does. Any number of these may run:
-//! each step is guarded by the version of what it was decided on.
+//! It also says of claims that are being deleted whether their hosts' Leases have
+//! lapsed, for virtual nodes, which see neither (`docs/decisions/the-right-to-run.md`).
+//!
+//! [`rule`], [`member`] and [`lapse`] decide (pure), [`round`] and [`witness`] look and
+//! do. Any number of these may run: each step is guarded by the version of what it was
+//! decided on.
 
 mod authority;
+mod lapse;
 mod member;
 mod request;
 mod round;
 mod rule;
+mod witness;
 
 use std::{path::PathBuf, time::Duration};
 
@@ -84,7 +90,8 @@ async fn main() -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::select! {
-        () = keep(client, authority) => anyhow::bail!("the watch of requests has ended"),
+        () = keep(client.clone(), authority) => anyhow::bail!("the watch of requests has ended"),
+        () = witness::keep(client) => anyhow::bail!("the watch of claims and leases has ended"),
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }

@@ -29,7 +29,7 @@ const TOKENS: &str = "kube-system";
 /// A request that is lost with its connection would be waited for until TCP gives up.
 const TIMEOUT: Duration = Duration::from_secs(15);
 
-async fn answered<T>(request: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+pub(crate) async fn answered<T>(request: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     match tokio::time::timeout(TIMEOUT, request).await {
         Ok(answer) => answer,
         Err(elapsed) => Err(Error::Service(elapsed.into())),
@@ -37,7 +37,7 @@ async fn answered<T>(request: impl Future<Output = Result<T, Error>>) -> Result<
 }
 
 /// Somebody else was faster: the next round sees what came of it.
-fn outrun(error: &Error) -> bool {
+pub(crate) fn outrun(error: &Error) -> bool {
     matches!(error, Error::Api(status) if matches!(status.code, 404 | 409))
 }
 

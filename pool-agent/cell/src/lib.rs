@@ -14,6 +14,7 @@
 
 pub mod claim;
 pub mod host;
+pub mod lapse;
 pub mod names;
 pub mod patch;
 pub mod quantity;

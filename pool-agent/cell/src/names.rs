@@ -18,6 +18,8 @@ pub const NODE: &str = "spindrift.dev/node";
 /// Annotation of a claim, written by the host's agent: `ADDRESS:PORT`, where it
 /// serves.
 pub const AGENT: &str = "spindrift.dev/agent";
+/// Condition of a claim that is being deleted: its host's Lease has lapsed.
+pub const HOST_LAPSED: &str = "spindrift.dev/HostLapsed";
 /// Label of a Node: what kind of host it is, in the operator's words.
 pub const CLASS: &str = "spindrift.dev/class";
 pub const ZONE: &str = "topology.kubernetes.io/zone";

@@ -14,6 +14,7 @@ use kube::{
     Api, Client,
     api::{Patch, PatchParams, PostParams},
 };
+use mesh_runtime::redirect::BootTime;
 use pool_agent_api::HostName;
 use pool_cell::names;
 use serde_json::json;
@@ -33,8 +34,15 @@ pub(super) async fn renew(cell: Cell, duration: Duration) {
     loop {
         ticks.tick().await;
         let client = client(&mut clients).await;
+        // What is claimed for it begins before it can be anywhere else.
+        let sent = BootTime::now();
         match renewed(client, &cell.name, duration).await {
-            Ok(()) => cell.index.heard(duration),
+            Ok(renewed) => {
+                cell.index.heard(duration);
+                if renewed {
+                    cell.host.shop().fence.renewed(sent);
+                }
+            }
             Err(error) => {
                 tracing::warn!(
                     error = described(&error),
@@ -46,8 +54,9 @@ pub(super) async fn renew(cell: Cell, duration: Duration) {
     }
 }
 
-/// One patch; the Lease is made if it is not there.
-async fn renewed(client: Client, name: &HostName, duration: Duration) -> Result<(), kube::Error> {
+/// One patch; the Lease is made if it is not there. False: there is no Node whose Lease
+/// it would be.
+async fn renewed(client: Client, name: &HostName, duration: Duration) -> Result<bool, kube::Error> {
     let api: Api<Lease> = Api::namespaced(client.clone(), names::LEASES);
     let now = MicroTime(Timestamp::now());
     let seconds = i32::try_from(duration.as_secs()).unwrap_or(i32::MAX);
@@ -60,12 +69,12 @@ async fn renewed(client: Client, name: &HostName, duration: Duration) -> Result<
     let (parameters, patch) = (PatchParams::default(), Patch::Merge(patch));
     match answered(api.patch(name.as_str(), &parameters, &patch)).await {
         Err(error) if refused_with(&error) == Some(404) => {}
-        other => return other.map(drop),
+        other => return other.map(|_| true),
     }
     // Owned by the Node, so that it goes with it; without one there is nothing to renew.
     let nodes: Api<Node> = Api::all(client);
     let Some(node) = answered(nodes.get_opt(name.as_str())).await? else {
-        return Ok(());
+        return Ok(false);
     };
     let lease = Lease {
         metadata: ObjectMeta {
@@ -90,5 +99,5 @@ async fn renewed(client: Client, name: &HostName, duration: Duration) -> Result<
     };
     answered(api.create(&PostParams::default(), &lease))
         .await
-        .map(drop)
+        .map(|_| true)
 }

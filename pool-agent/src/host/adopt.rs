@@ -9,12 +9,14 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
+    net::Ipv4Addr,
     sync::{Arc, Mutex},
     time::Duration,
 };
 
 use backon::{ConstantBuilder, Retryable};
 use futures::StreamExt;
+use mesh_runtime::redirect::Deadline;
 use pool_agent_api::{
     SandboxKey, SandboxSpec, SandboxStatus, TenantId,
     spec::MeshMode,
@@ -36,6 +38,7 @@ use crate::{
     layout::{Layout, SandboxDirs},
     ledger::{Contents, Entry, Ledger},
     network::Network,
+    right::Node,
     sandbox::{
         Lifecycle,
         driver::{Command, Progress},
@@ -61,6 +64,8 @@ const OPEN_AGAIN: usize = 2;
 enum Lost {
     #[error("The host lost the sandbox, as in a restart; the pod needs another")]
     Spec,
+    #[error("The host restarted, which ended the sandbox; the pod needs another")]
+    Rebooted,
     #[error("The host could not open the pod's tenant again ({0}); the pod needs another")]
     Tenant(String),
 }
@@ -235,7 +240,7 @@ impl Host {
                 None
             }
         };
-        let (mut resident, ends) = resident(&entry.tenant);
+        let (mut resident, ends) = resident(&Node::new(&entry.tenant, &entry.node_name));
         resident.stops = Stops {
             by: entry.stop_by,
             recorded: u32::from(entry.stop_by.is_some()),
@@ -271,6 +276,20 @@ impl Host {
     }
 
     async fn take_over(&self, heir: Heir, unopened: &HashMap<TenantId, String>) {
+        let boot_id = &self.inner.shop.boot_id;
+        if heir
+            .entry
+            .boot_id
+            .as_ref()
+            .is_some_and(|admitted| admitted != boot_id)
+        {
+            tracing::warn!(
+                pod.uid = %heir.entry.key.pod, attempt = %heir.entry.key.attempt,
+                "a sandbox of before the host's restart is void"
+            );
+            self.spawn_remains(heir.entry, heir.there, heir.ends, Lost::Rebooted);
+            return;
+        }
         let tenant = self.state().tenants.get(&heir.entry.tenant).cloned();
         let (Some(spec), Some(tenant)) = (heir.spec, tenant) else {
             let lost = match unopened.get(&heir.entry.tenant) {
@@ -296,6 +315,25 @@ impl Host {
         self.spawn(
             lifecycle, &spec, address, &tenant, hands, mesh, heir.ends, heir.older,
         );
+        self.resume_right(&spec, address).await;
+    }
+
+    /// Goes on from the deadline that the kernel has held it to, if that has not passed.
+    async fn resume_right(&self, spec: &SandboxSpec, address: Ipv4Addr) {
+        let node = Node::new(&spec.tenant, &spec.node_name);
+        let left = loop {
+            match self.inner.shop.mesh.deadline(&spec.tenant, address).await {
+                // It has no packets: it is one that has still to begin.
+                Ok(left) => break left.unwrap_or(Deadline::Never),
+                Err(error) => {
+                    tracing::warn!(error = described(&error), "a sandbox's deadline cannot be read");
+                    tokio::time::sleep(AGAIN).await;
+                }
+            }
+        };
+        if !self.inner.shop.fence.resumed(&node, left) {
+            self.fence_one(&spec.key);
+        }
     }
 
     async fn find(
@@ -606,6 +644,7 @@ mod tests {
             identity: identity.map(Into::into),
             user_ids: None,
             accepted_at: jiff::Timestamp::UNIX_EPOCH,
+            boot_id: None,
             stop_by: None,
         }
     }

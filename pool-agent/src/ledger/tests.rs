@@ -20,6 +20,7 @@ fn entry(pod: &str, attempt: u32, address: &str) -> Entry {
         identity: Some("spiffe://cluster.local/ns/shop/sa/web".into()),
         user_ids: Some(IdRange { first: 1 << 20 }),
         accepted_at: Timestamp::from_second(1_700_000_000).unwrap(),
+        boot_id: Some("b00t".into()),
         stop_by: None,
     }
 }
@@ -57,6 +58,23 @@ async fn what_was_committed_is_there_after_a_restart() {
         };
         assert_eq!(contents.admitted.into_values().collect::<Vec<_>>(), [known]);
     }
+}
+
+#[tokio::test]
+async fn what_an_older_agent_wrote_is_of_no_boot() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("ledger");
+    let mut older = entry("a", 1, "10.0.0.2");
+    older.boot_id = None;
+    let (ledger, _) = Ledger::open(&path).unwrap();
+    ledger
+        .commit(vec![Record::Admitted(older.clone())])
+        .await
+        .unwrap();
+    drop(ledger);
+    assert!(!std::fs::read_to_string(&path).unwrap().contains("boot_id"));
+    let (_, contents) = Ledger::open(&path).unwrap();
+    assert_eq!(contents.admitted.into_values().collect::<Vec<_>>(), [older]);
 }
 
 #[tokio::test]

@@ -160,6 +160,8 @@ pub enum Event {
     ProbeFailed(Slot, ContainerId, ProbeKind, String),
     /// The pod has to go though nobody asked: reason and message for its status.
     Evict(&'static str, String),
+    /// Its right to run is over: at once, whatever grace it was given.
+    Fence,
     Stop {
         grace: Duration,
     },

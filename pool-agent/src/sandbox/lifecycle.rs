@@ -416,6 +416,17 @@ impl Lifecycle {
                     self.end(Stop::within(Duration::ZERO, now));
                 }
             }
+            Event::Fence => {
+                // What was ending already ends for its own reason, and at once.
+                if self.stop.is_none() {
+                    self.reason = "Fenced";
+                    self.message = "The host had lost touch with its pool and with the pod's virtual node; \
+                                    the pod needs another"
+                        .into();
+                    effects.push(warn("Fenced", self.message.clone(), None));
+                }
+                self.end(Stop::within(Duration::ZERO, now));
+            }
             Event::Stop { grace } => self.end(Stop::within(grace, now)),
             Event::Forget => {
                 self.forget = true;

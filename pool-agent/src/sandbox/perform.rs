@@ -44,12 +44,14 @@ use crate::{
         config::{self, HostMount, Placement, Qos},
         wire,
     },
+    fence::Fence,
     image::{Held, ImageError, Images, Wanted},
     layout::{Layout, SandboxDirs},
     logs,
     network::{POD_GATEWAY, Router},
     policy::{self, room::HostRoom},
     probes::{self, Dialler, Prober, Vantage},
+    right::Node,
     spec_file,
     usage::Meter,
     user_ids::IdRange,
@@ -91,6 +93,10 @@ pub struct Workshop {
     pub images: Images,
     /// Told what pods use.
     pub usage: Meter,
+    /// Who may run until when.
+    pub fence: Fence,
+    /// Of the host's current run.
+    pub boot_id: String,
 }
 
 pub struct Hands {
@@ -252,7 +258,9 @@ impl Hands {
     }
 
     async fn attach(&self, device: &crate::network::PodDevice) -> Result<Attachment, AttachError> {
-        let attachment = self.shop.mesh.attach(&self.spec, device).await?;
+        let node = Node::new(&self.spec.tenant, &self.spec.node_name);
+        let deadline = self.shop.fence.deadline(&node);
+        let attachment = self.shop.mesh.attach(&self.spec, device, deadline).await?;
         self.shop.usage.carried(self.key(), attachment.carried());
         let mut state = attachment.state();
         let mesh = self.mesh.clone();

@@ -43,6 +43,8 @@ enum Kind {
     /// With one answer.
     Call,
     Watch,
+    /// As many as watches: each session has one of both.
+    Grants,
     Logs,
     Splice,
 }
@@ -53,6 +55,7 @@ impl Kind {
     fn of(method: &str) -> Self {
         match method {
             "Watch" => Self::Watch,
+            "Grant" => Self::Grants,
             "Logs" => Self::Logs,
             "Splice" => Self::Splice,
             _ => Self::Call,
@@ -63,6 +66,7 @@ impl Kind {
         match self {
             Self::Call => "calls",
             Self::Watch => "watches",
+            Self::Grants => "grants",
             Self::Logs => "logs",
             Self::Splice => "splices",
         }
@@ -76,6 +80,9 @@ fn sends(method: &str) -> Sends {
             within: PATIENCE,
         },
         "Splice" => Sends::Many { longest: MAX_FRAME },
+        "Grant" => Sends::Many {
+            longest: MAX_QUESTION,
+        },
         _ => Sends::One {
             longest: MAX_QUESTION,
             within: PATIENCE,
@@ -89,6 +96,7 @@ pub struct Calls {
     limits: Callers,
     calls: Shared<TenantId>,
     watches: Shared<TenantId>,
+    grants: Shared<TenantId>,
     logs: Shared<TenantId>,
     splices: Shared<TenantId>,
     /// Of [`PAGE`] bytes each.
@@ -113,6 +121,7 @@ impl Calls {
             limits,
             calls: of(Kind::Call.name(), CALLS_PER_HOST),
             watches: of(Kind::Watch.name(), STREAMS_PER_HOST),
+            grants: of(Kind::Grants.name(), STREAMS_PER_HOST),
             logs: of(Kind::Logs.name(), STREAMS_PER_HOST),
             splices: of(Kind::Splice.name(), STREAMS_PER_HOST),
             messages: of("message_pages", pages(limits.message_mib)),
@@ -123,6 +132,7 @@ impl Calls {
         let (shared, limit) = match kind {
             Kind::Call => (&self.calls, self.limits.calls_per_tenant),
             Kind::Watch => (&self.watches, self.limits.watches_per_tenant),
+            Kind::Grants => (&self.grants, self.limits.watches_per_tenant),
             Kind::Logs => (&self.logs, self.limits.logs_per_tenant),
             Kind::Splice => (&self.splices, self.limits.splices_per_tenant),
         };

@@ -276,7 +276,9 @@ async fn a_drained_host_gives_its_pods_up_and_each_starts_elsewhere(scope: &Scop
 }
 
 /// As if another machine had joined under the name of one that was thought dead.
-async fn a_machine_whose_node_is_anothers_renews_nothing_and_takes_nothing(scope: &Scope) -> anyhow::Result<()> {
+async fn a_machine_whose_node_is_anothers_renews_nothing_and_takes_nothing(
+    scope: &Scope,
+) -> anyhow::Result<()> {
     let first = scope.start(pod("first", json!({"containers": [idle()]}))).await?;
     let claim = claims_of(scope, &first).await?.pop().context("it has no claim")?;
     let host = host_of(&claim).to_owned();
@@ -305,8 +307,11 @@ async fn a_machine_whose_node_is_anothers_renews_nothing_and_takes_nothing(scope
             .await?;
         // Nor does it touch a claim that is deleted.
         let name = claim.name_any();
-        let mark = Patch::Merge(json!({"metadata": {"annotations": {"spindrift.dev/agent": "192.0.2.99:1"}}}));
-        let marked = claims(scope)?.patch(&name, &PatchParams::default(), &mark).await?;
+        let mark =
+            Patch::Merge(json!({"metadata": {"annotations": {"spindrift.dev/agent": "192.0.2.99:1"}}}));
+        let marked = claims(scope)?
+            .patch(&name, &PatchParams::default(), &mark)
+            .await?;
         anyhow::Ok(marked.metadata.resource_version)
     }
     .await;
@@ -316,7 +321,11 @@ async fn a_machine_whose_node_is_anothers_renews_nothing_and_takes_nothing(scope
     let name = claim.name_any();
     scope
         .wait("that its claim says where its agent is", async || {
-            let claim = claims(scope).map_err(|e| e.to_string())?.get(&name).await.map_err(|e| e.to_string())?;
+            let claim = claims(scope)
+                .map_err(|e| e.to_string())?
+                .get(&name)
+                .await
+                .map_err(|e| e.to_string())?;
             let said = claim.annotations().get("spindrift.dev/agent").cloned();
             let mended = claim.resource_version() != marked && said.as_deref() != Some("192.0.2.99:1");
             if mended { Ok(()) } else { Err(format!("{said:?}")) }

@@ -25,7 +25,7 @@ use kube::{
     api::{Patch, PatchParams},
     config::{Config as ClientConfig, KubeConfigOptions},
 };
-use pool_agent_api::tenant::MeshControl;
+use pool_agent_api::{Epoch, tenant::MeshControl};
 use prometheus_client::registry::Registry;
 use serde_json::json;
 use tokio::{
@@ -345,9 +345,17 @@ impl Keeper {
         let serving = kept().serving(client.clone(), terms.node_name.clone(), address, told);
         let (kubelet, kubelet_arrivals) = mpsc::channel(WAITING);
         let (mesh, mesh_arrivals) = mpsc::channel(WAITING);
+        // Its Lease counts from minutes, and a process that a file described, which may
+        // have had the node before, in milliseconds.
+        let epoch = u64::try_from(self.epoch).ok();
+        let epoch = epoch
+            .and_then(|minutes| minutes.checked_mul(60_000))
+            .and_then(|epoch| Epoch::parse("epoch", epoch).ok())
+            .ok_or_else(|| Failed::Later(Standing::not("NoEpoch", "the node's lease counts no holder")))?;
         let setup = Setup {
             node_name: terms.node_name.clone(),
             tenant: terms.tenant.clone(),
+            epoch,
             address,
             node: terms.node.clone(),
             client: client.clone(),

@@ -316,6 +316,13 @@ pub(crate) struct Case {
     renewed: Option<Timestamp>,
 }
 
+/// Of a virtual node whose Lease begins. Hosts remember the latest epoch of a node that
+/// they have heard, and one of the same name may have been there before: in minutes since
+/// 1970, which is more than any that was taken less than once a minute has come to.
+fn first_epoch(now: Timestamp) -> i64 {
+    now.as_second() / 60 + 1
+}
+
 /// Takes a virtual node; its new epoch, or None if it is another's after all.
 pub(crate) async fn take(
     client: Client,
@@ -337,6 +344,7 @@ pub(crate) async fn take(
     let name = name_of(&key);
     let now = MicroTime(Timestamp::now());
     let Some(mut lease) = answered(api.get_opt(&name)).await? else {
+        let first = first_epoch(now.0);
         let lease = Lease {
             metadata: ObjectMeta {
                 name: Some(name),
@@ -353,7 +361,7 @@ pub(crate) async fn take(
             spec: Some(LeaseSpec {
                 holder_identity: Some(me),
                 lease_duration_seconds: Some(LIFE.as_secs() as i32),
-                lease_transitions: Some(1),
+                lease_transitions: i32::try_from(first).ok(),
                 acquire_time: Some(now.clone()),
                 renew_time: Some(now),
                 ..LeaseSpec::default()
@@ -362,7 +370,7 @@ pub(crate) async fn take(
         return settled(
             answered(api.create(&PostParams::default(), &lease))
                 .await
-                .map(|_| 1),
+                .map(|_| first),
         );
     };
     let found = tenure(&lease);
@@ -452,6 +460,15 @@ mod tests {
         // It stops STOP after it began its last renewal; the other has seen that no
         // sooner, and waits for LIFE. What is left is for stopping.
         assert!(STOP + Duration::from_secs(3) < LIFE && RENEW + RENEWAL < STOP);
+    }
+
+    #[test]
+    fn a_node_that_is_made_anew_begins_in_a_later_epoch_than_the_one_before_it_ended_in() {
+        let made = Timestamp::from_second(1_800_000_000).unwrap();
+        let taken = 1_000;
+        let anew = made + jiff::SignedDuration::from_mins(taken + 1);
+        assert!(first_epoch(anew) > first_epoch(made) + taken);
+        assert!(i32::try_from(first_epoch(anew)).is_ok());
     }
 
     #[test]

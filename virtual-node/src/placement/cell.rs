@@ -79,6 +79,7 @@ enum Done {
     Created(Claim, Result<Pod, kube::Error>),
     Looked(SandboxKey, Result<Option<Pod>, kube::Error>),
     LookedForPod(PodUid, Result<Option<Pod>, kube::Error>),
+    Witnessed(SandboxKey, Result<Option<Pod>, kube::Error>),
 }
 
 struct Asking {
@@ -101,6 +102,8 @@ pub(super) struct Task {
     board: Board,
     claims: Claims,
     asking: BTreeMap<PodUid, Asking>,
+    /// Who is told that what was given up is over.
+    giving_up: BTreeMap<SandboxKey, oneshot::Sender<()>>,
     retries: BTreeMap<PodUid, Retry>,
     turns: u64,
     queue: VecDeque<Effect>,
@@ -122,6 +125,7 @@ impl Task {
             cell,
             board,
             asking: BTreeMap::new(),
+            giving_up: BTreeMap::new(),
             retries: BTreeMap::new(),
             turns: 0,
             queue: VecDeque::new(),
@@ -267,6 +271,12 @@ impl Task {
                 self.perform(effects);
                 self.board.tells(pod);
             }
+            Request::GiveUp { key, proof, over } => {
+                // The latest asker is the driver that there is.
+                self.giving_up.insert(key.clone(), over);
+                let effects = self.claims.give_up(&key, proof);
+                self.perform(effects);
+            }
             // The next attempt is another claim; nobody passes a host over but the
             // scheduler.
             Request::Release {
@@ -291,6 +301,7 @@ impl Task {
     fn stop_asking(&mut self, pod: &PodUid) {
         self.asking.remove(pod);
         self.retries.remove(pod);
+        self.giving_up.retain(|_, over| !over.is_closed());
     }
 
     fn claim(&self, key: SandboxKey, ask: Ask) -> Result<Claim, Invalid> {
@@ -384,6 +395,8 @@ impl Task {
             let effects = self.claims.orphans();
             self.perform(effects);
         }
+        let effects = self.claims.unwitnessed();
+        self.perform(effects);
         self.name_hosts();
     }
 
@@ -429,9 +442,26 @@ impl Task {
                 Effect::Again(pod) => self.pause(&pod, false),
                 Effect::Delete(key) => {
                     let (api, turns) = (self.api.clone(), self.deletes.clone());
-                    self.deletions.push(delete(api, key, turns).boxed());
+                    self.deletions
+                        .push(delete(api, key, DeleteParams::default(), turns).boxed());
                 }
-                Effect::Create(_) | Effect::Look(_) | Effect::LookForPod { .. } => {
+                Effect::Remove(key) => {
+                    let (api, turns) = (self.api.clone(), self.deletes.clone());
+                    let at_once = DeleteParams::default().grace_period(0);
+                    self.deletions.push(delete(api, key, at_once, turns).boxed());
+                }
+                Effect::Over(key) => {
+                    info!(
+                        pod.uid = %key.pod, attempt = %key.attempt,
+                        "a pod's attempt on a silent host has no right to run any more"
+                    );
+                    if let Some(over) = self.giving_up.remove(&key) {
+                        // The driver may have heard of the host again.
+                        let _gone = over.send(()).is_err();
+                    }
+                }
+                Effect::Witness(_) if self.queue.contains(&effect) => {}
+                Effect::Create(_) | Effect::Look(_) | Effect::LookForPod { .. } | Effect::Witness(_) => {
                     self.queue.push_back(effect);
                 }
             }
@@ -466,6 +496,14 @@ impl Task {
                     }
                     .boxed()
                 }
+                Effect::Witness(key) => {
+                    let claims = Api::namespaced(self.cell.client.clone(), namespace);
+                    async move {
+                        let found = read(&claims, &names::claim_name(&key)).await;
+                        Done::Witnessed(key, found)
+                    }
+                    .boxed()
+                }
                 Effect::LookForPod { key, namespace, name } => {
                     let pods = Api::namespaced(self.cell.tenants_client.clone(), namespace.as_str());
                     async move {
@@ -496,6 +534,12 @@ impl Task {
             Done::Looked(key, Err(error)) => {
                 debug!(error = &error as &dyn std::error::Error, "a claim was not read");
                 self.pause(&key.pod, false);
+                vec![]
+            }
+            Done::Witnessed(_, Ok(Some(pod))) => self.claims.witnessed(&pod),
+            Done::Witnessed(key, Ok(None)) => self.claims.looked_in_vain(&key),
+            Done::Witnessed(_, Err(error)) => {
+                debug!(error = &error as &dyn std::error::Error, "a claim is read again");
                 vec![]
             }
             Done::LookedForPod(uid, Ok(found)) => {
@@ -596,12 +640,12 @@ async fn read(api: &Api<Lenient<Pod>>, name: &str) -> kube::Result<Option<Pod>> 
 }
 
 /// Repeats until the claim is gone, or is going.
-async fn delete(api: Api<Pod>, key: SandboxKey, turns: Arc<Semaphore>) {
+async fn delete(api: Api<Pod>, key: SandboxKey, how: DeleteParams, turns: Arc<Semaphore>) {
     let name = names::claim_name(&key);
     let mut pause = RETRY_FIRST;
     loop {
         let turn = turns.acquire().await;
-        let deleted = answered(api.delete(&name, &DeleteParams::default())).await;
+        let deleted = answered(api.delete(&name, &how)).await;
         drop(turn);
         match deleted {
             Ok(_) => return,
@@ -650,7 +694,7 @@ mod tests {
                 pod: PodUid::parse("pod", "u-1").unwrap(),
                 attempt: pool_agent_api::Attempt::parse("attempt", attempt).unwrap(),
             };
-            delete(api.clone(), key, turns.clone())
+            delete(api.clone(), key, DeleteParams::default(), turns.clone())
         });
         futures::future::join_all(all).await;
         assert_eq!(most.load(Ordering::SeqCst), DELETES);

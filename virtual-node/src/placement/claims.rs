@@ -25,6 +25,7 @@ use std::{
     net::SocketAddr,
 };
 
+use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use pool_agent_api::{Attempt, HostName, Namespace, PodName, PodUid, SandboxKey};
 use pool_cell::{Claim, NotAClaim, Placed, names};
@@ -49,6 +50,13 @@ pub(super) enum Effect {
         namespace: Namespace,
         name: PodName,
     },
+    /// Read the claim itself, from now on: what is seen later is later than this.
+    /// Answered by [`Claims::witnessed`] or [`Claims::looked_in_vain`].
+    Witness(SandboxKey),
+    /// As [`Self::Delete`], and at once: nobody has to be given time.
+    Remove(SandboxKey),
+    /// What was given up there has no right to run any more.
+    Over(SandboxKey),
     Room(PodUid, HostName),
     Lost(PodUid),
     Tell(PodUid, Waiting),
@@ -73,8 +81,53 @@ enum Want {
         host: HostName,
         /// A live read has said that it has no claim.
         unclaimed: bool,
+        given_up: Option<GivenUp>,
     },
     Nothing,
+}
+
+/// What has to be known before a pod's next attempt may begin though its host is silent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Proof {
+    /// Its host's Lease has lapsed, or the claim is gone. (No grant of ours is live: that
+    /// is the driver's to wait for.)
+    Lapsed,
+    /// The claim is gone: its host let it go, or the pool says that there is no host.
+    Gone,
+}
+
+/// An attempt whose host is silent: its claim is deleted, which asks the cell about the
+/// host.
+#[derive(Debug, Clone)]
+struct GivenUp {
+    proof: Proof,
+    /// The claim's version as it was read since.
+    from: Option<u64>,
+    /// What was said of it by then, which may be old.
+    before: Option<Timestamp>,
+    /// What has been said since.
+    said: BTreeSet<Timestamp>,
+    told: bool,
+}
+
+impl GivenUp {
+    /// Of two statements that are new the later one looked at the Lease after the earlier
+    /// was written, and so after it was given up ([`pool_cell::lapse`]).
+    fn is_lapsed(&self) -> bool {
+        self.proof == Proof::Lapsed && self.said.len() >= 2
+    }
+
+    fn hear(&mut self, placed: &Placed) {
+        let later = self.from.is_some_and(|from| version_of(placed) > Some(from));
+        if let Some(said) = placed.lapsed.filter(|said| later && Some(*said) != self.before) {
+            self.said.insert(said);
+        }
+    }
+}
+
+/// Versions of one object are ordered numbers (KEP-5504).
+fn version_of(placed: &Placed) -> Option<u64> {
+    placed.resource_version.parse().ok()
 }
 
 impl Want {
@@ -182,20 +235,82 @@ impl Claims {
         self.settle(pod)
     }
 
+    /// The attempt's host is silent, and no grant of ours is live there. Its claim is
+    /// deleted; [`Effect::Over`] comes when the proof is there.
+    pub(super) fn give_up(&mut self, key: &SandboxKey, proof: Proof) -> Vec<Effect> {
+        let Some(Want::Kept { given_up, .. }) = self.kept_mut(key) else {
+            return vec![];
+        };
+        *given_up = Some(GivenUp {
+            proof,
+            from: None,
+            before: None,
+            said: BTreeSet::new(),
+            told: false,
+        });
+        let mut effects = vec![Effect::Witness(key.clone())];
+        effects.extend(self.settle(&key.pod));
+        effects
+    }
+
+    /// A read of the claim that began after it was given up.
+    pub(super) fn witnessed(&mut self, pod: &Pod) -> Vec<Effect> {
+        if let Ok(placed) = Placed::parse(pod)
+            && let Some(Want::Kept {
+                given_up: Some(given_up),
+                ..
+            }) = self.kept_mut(&placed.claim.key)
+            && given_up.from.is_none()
+        {
+            given_up.from = version_of(&placed);
+            given_up.before = placed.lapsed;
+        }
+        self.answered(pod)
+    }
+
+    /// Claims that were given up and not read since.
+    pub(super) fn unwitnessed(&self) -> Vec<Effect> {
+        let wants = self.wants.iter().chain(&self.beside);
+        let given_up = wants.filter_map(|(pod, want)| match want {
+            Want::Kept {
+                attempt,
+                unclaimed: false,
+                given_up: Some(GivenUp { from: None, .. }),
+                ..
+            } => Some(Effect::Witness(key(pod, *attempt))),
+            _ => None,
+        });
+        given_up.collect()
+    }
+
     pub(super) fn release(&mut self, seat: Seat, pod: &PodUid) -> Vec<Effect> {
         self.sit(seat, pod.clone(), Want::Nothing);
         self.settle(pod)
     }
 
+    /// What is known of the attempt goes with it from seat to seat.
     fn kept(&self, pod: &PodUid, attempt: Attempt, host: HostName) -> Want {
-        let unclaimed = self.wants_of(pod).any(
-            |want| matches!(want, Want::Kept { attempt: same, unclaimed: true, .. } if *same == attempt),
-        );
+        let before = self.wants_of(pod).find_map(|want| match want {
+            Want::Kept {
+                attempt: same,
+                unclaimed,
+                given_up,
+                ..
+            } if *same == attempt => Some((*unclaimed, given_up.clone())),
+            _ => None,
+        });
+        let (unclaimed, given_up) = before.unwrap_or_default();
         Want::Kept {
             attempt,
             host,
             unclaimed,
+            given_up,
         }
+    }
+
+    fn kept_mut(&mut self, key: &SandboxKey) -> Option<&mut Want> {
+        self.wants_of_mut(&key.pod)
+            .find(|want| matches!(want, Want::Kept { attempt, .. } if *attempt == key.attempt))
     }
 
     fn sit(&mut self, seat: Seat, pod: PodUid, want: Want) {
@@ -295,6 +410,13 @@ impl Claims {
         self.forget_misshapen(&key);
         if let (Some(host), Some(agent)) = (&placed.host, placed.agent) {
             self.serves(host.clone(), agent);
+        }
+        if let Some(Want::Kept {
+            given_up: Some(given_up),
+            ..
+        }) = self.kept_mut(&key)
+        {
+            given_up.hear(&placed);
         }
         let attempts = self.seen.entry(key.pod.clone()).or_default();
         let before = attempts
@@ -479,7 +601,7 @@ impl Claims {
     /// Claims for which no driver has said anything, of pods that may be gone; and those
     /// of which the watch has not told, which may be gone themselves.
     pub(super) fn orphans(&self) -> Vec<Effect> {
-        let seen = self.seen.iter().filter_map(|(_, attempts)| {
+        let seen = self.seen.values().filter_map(|attempts| {
             let claim = &attempts.values().next()?.placed.claim;
             Some((claim.key.clone(), claim.namespace.clone(), claim.name.clone()))
         });
@@ -525,6 +647,7 @@ impl Claims {
                 attempt,
                 host,
                 unclaimed: false,
+                ..
             } = want
                 && self.claim_of(pod, *attempt).is_none()
             {
@@ -645,6 +768,7 @@ impl Claims {
                 effects.push(Effect::Delete(key(pod, *attempt)));
             }
         }
+        effects.extend(self.give_up_further(pod));
         let mut seeks = false;
         for want in self.wants_of(pod) {
             match want {
@@ -669,6 +793,43 @@ impl Claims {
         if nothing && !self.seen.contains_key(pod) && !self.misshapen.contains_key(pod) {
             self.wants.remove(pod);
             self.beside.remove(pod);
+        }
+        effects
+    }
+
+    /// On with what was given up: its claim's deletion, and the proof.
+    fn give_up_further(&mut self, pod: &PodUid) -> Vec<Effect> {
+        let mut effects = vec![];
+        let beside = self.beside.get_mut(pod);
+        for want in self.wants.get_mut(pod).into_iter().chain(beside) {
+            let Want::Kept {
+                attempt,
+                unclaimed,
+                given_up: Some(given_up),
+                ..
+            } = want
+            else {
+                continue;
+            };
+            let key = key(pod, *attempt);
+            if *unclaimed || given_up.is_lapsed() {
+                if std::mem::replace(&mut given_up.told, true) {
+                    continue;
+                }
+                if !*unclaimed {
+                    // Whoever comes back there finds that nothing of it is claimed.
+                    effects.push(Effect::Remove(key.clone()));
+                }
+                effects.push(Effect::Over(key));
+                continue;
+            }
+            if let Some(seen) = self.seen.get_mut(pod).and_then(|a| a.get_mut(&key.attempt))
+                && !seen.deleting
+                && seen.placed.deletion.is_none()
+            {
+                seen.deleting = true;
+                effects.push(Effect::Delete(key));
+            }
         }
         effects
     }

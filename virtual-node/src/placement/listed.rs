@@ -141,6 +141,8 @@ impl Task {
                 self.answer(answers);
             }
             Request::Finished { pod } => self.admitted.finish(&pod),
+            // Nobody says of a listed host that it is over, but who takes it off the list.
+            Request::GiveUp { .. } => {}
             // What is left of it takes no room.
             Request::Release {
                 pod,

@@ -56,15 +56,13 @@ impl Budgets {
                 None => return permit,
                 Some(now) => match now.iter().find(|budget| !allows(budget, pod)) {
                     None if uids(&now) == uids(&budgets) => return permit,
-                    None => {}
-                    Some(budget) => {
-                        if !std::mem::replace(&mut told, true) {
-                            info!(
-                                budget = budget.name_any(),
-                                "a disruption budget holds the pod back"
-                            );
-                        }
+                    Some(budget) if !std::mem::replace(&mut told, true) => {
+                        info!(
+                            budget = budget.name_any(),
+                            "a disruption budget holds the pod back"
+                        );
                     }
+                    None | Some(_) => {}
                 },
             }
             drop(permit);

@@ -22,6 +22,7 @@ mod object;
 mod reports;
 mod retries;
 mod room;
+mod silence;
 mod start;
 mod telling;
 mod upkeep;
@@ -47,6 +48,7 @@ use self::{
     object::Look,
     reports::Synced,
     room::{Sought, Told},
+    silence::Silence,
     start::{Preparation, RecordError, Start},
     telling::Telling,
     upkeep::Upkeep,
@@ -125,6 +127,7 @@ pub(crate) struct Driver {
     evicting: BTreeSet<Place>,
     room: Told,
     room_beside: Told,
+    silence: Silence,
     /// Why it waits for a host, once that is worth telling.
     waiting: watch::Receiver<Option<Waiting>>,
     start: Start,
@@ -162,6 +165,7 @@ impl Driver {
             evicting: BTreeSet::new(),
             room: Told::Unsaid,
             room_beside: Told::Nothing,
+            silence: Silence::new(),
             waiting: nothing_to_wait_for(),
             start: Start::new(),
             telling: Telling::new(),
@@ -188,11 +192,13 @@ impl Driver {
             if self.is_without_host() {
                 continue;
             }
+            self.consider_silence();
             self.consider_status();
             if self.is_over() {
                 return;
             }
             let write_due = self.write_due();
+            let silence_due = self.silence_due();
             let upkeep_due = self.upkeep.due();
             tokio::select! {
                 changed = self.inputs.changed() => {
@@ -224,6 +230,9 @@ impl Driver {
                 looked = self.look.looked() => self.take_looked(looked),
                 refreshed = self.upkeep.refreshed() => self.take_refreshed(refreshed),
                 () = sleep_until(write_due) => self.begin_write(),
+                // What has come is seen with the next turn.
+                () = sleep_until(silence_due) => {}
+                over = self.silence.over() => self.step(Event::Lapsed(over)),
                 () = tokio::time::sleep_until(upkeep_due) => self.housekeep(),
             }
         }

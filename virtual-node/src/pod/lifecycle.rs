@@ -26,7 +26,8 @@
 //!   the one before was refused there for certain, or was forgotten there,
 //!   which fences it. What is on record from before this process is fenced too,
 //!   if its host does not have it: the ask may still be on its way. A host that
-//!   stays silent holds its pods back; its operator fences it by taking it out
+//!   stays silent holds its pods back until it is certain that it has fenced them
+//!   ([`silence`](super::driver)); a listed one until its operator takes it out
 //!   of the configuration.
 //! - **Two run only in a handover** ([`handover`]): of a pod whose owner allows it, on
 //!   notice of its host, with both on record.
@@ -162,6 +163,8 @@ pub(crate) enum Event {
     Switched,
     /// A host that has told what it has does not have it, or is not of the pool.
     Missing(Place),
+    /// Its host is silent, and it is certain that it may run there no more.
+    Lapsed(Place),
     /// The host does not know what it was told to stop.
     StopUnknown(Place),
     Forgotten(Place),
@@ -334,6 +337,7 @@ impl Lifecycle {
             Event::Ready(place) => self.next_ready(&place),
             Event::Switched => self.switched(),
             Event::Missing(gone) => self.missing(&gone),
+            Event::Lapsed(over) => self.lapsed(&over),
             Event::StopUnknown(at) => match self.stage.clone() {
                 // The host has never had it, or has lost it: fence it.
                 Stage::Stopping { place, .. } if place == at => self.forget(place),
@@ -568,6 +572,19 @@ impl Lifecycle {
             }
             _ => self.second_missing(gone),
         }
+    }
+
+    /// Its host fences it by itself: it needs no answer.
+    fn lapsed(mut self, over: &Place) -> (Self, Vec<Effect>) {
+        if self.place() != Some(over) || matches!(self.stage, Stage::Removing { .. }) {
+            return self.second_lapsed(over);
+        }
+        if self.intent == Intent::Run
+            && let Some(way_made) = self.makes_way(over)
+        {
+            return way_made;
+        }
+        self.after(over)
     }
 }
 

@@ -14,7 +14,10 @@ use prost::Message;
 use tokio::sync::{mpsc, watch};
 use tracing::{Instrument, info, info_span, warn};
 
-use super::{CallError, HostClient, HostTable, HostView, Membership, News, PoolEvent};
+use super::{
+    CallError, HostClient, HostTable, HostView, Membership, News, PoolEvent, Rights,
+    right::{self, Granting},
+};
 
 /// How often a host says what it has free.
 const PING: Duration = Duration::from_secs(5);
@@ -28,6 +31,7 @@ pub(super) struct Link {
     node_name: String,
     events: mpsc::Sender<PoolEvent>,
     table: Arc<watch::Sender<HostTable>>,
+    rights: Rights,
     known: Told,
 }
 
@@ -78,6 +82,8 @@ enum SessionError {
     AnotherName { name: HostName },
     #[error("the stream of sandboxes broke")]
     Stream(#[source] Box<tonic::Status>),
+    #[error(transparent)]
+    Grants(#[from] right::GrantError),
     #[error("the host ended the stream of sandboxes")]
     Ended,
     #[error("nobody listens any more")]
@@ -96,6 +102,7 @@ impl Link {
             node_name,
             cluster,
             mesh,
+            rights,
         } = membership;
         Self {
             client,
@@ -110,6 +117,7 @@ impl Link {
             node_name: node_name.clone(),
             events,
             table,
+            rights: rights.clone(),
             known: Told::default(),
         }
     }
@@ -158,6 +166,7 @@ impl Link {
             return Err(SessionError::AnotherName { name: host.name });
         }
         self.client.configure_tenant(self.tenant.clone().into()).await?;
+        let mut granting = Granting::begin(&self.client, self.rights.clone(), &self.node_name).await?;
         let mut stream = self.client.watch().await?;
         let mut host = Some(Arc::new(host));
         let mut seen = BTreeSet::new();
@@ -175,6 +184,7 @@ impl Link {
                         .ok_or(SessionError::Ended)?;
                     self.take(event, &mut seen, synced, &mut host).await?;
                 }
+                granted = granting.go_on() => granted?,
                 answer = &mut ping => {
                     let fresh = Arc::new(answer?);
                     if *synced {

@@ -100,6 +100,7 @@ where
         for name in &gone {
             info!(host = %name, "nothing of this node is on the host any more");
             self.open.remove(name);
+            self.membership.rights.forget(name);
         }
         self.table.send_if_modified(|table| {
             let before = table.len();

@@ -7,7 +7,7 @@ use k8s_openapi::api::core::v1::Pod;
 use pool_agent_api::{HostName, Resources};
 
 use super::{Claim, ClaimPhase, NotAClaim, shape};
-use crate::names;
+use crate::{lapse, names};
 
 /// A claim that is in the cell.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -25,6 +25,9 @@ pub struct Placed {
     pub message: String,
     /// Where the host's agent serves; None until it has seen the claim.
     pub agent: Option<SocketAddr>,
+    /// When the cell last said that its host's Lease has lapsed, while it was being
+    /// deleted.
+    pub lapsed: Option<Timestamp>,
     /// Somebody has deleted it.
     pub deletion: Option<Deletion>,
 }
@@ -71,6 +74,7 @@ impl Placed {
             Some(overhead) => shape::amounts("spec.overhead", overhead)?,
             None => Resources::default(),
         };
+        let lapsed = lapse::statement(pod);
         let status = pod.status.clone().unwrap_or_default();
 
         Ok(Self {
@@ -87,6 +91,7 @@ impl Placed {
                 .annotations
                 .as_ref()
                 .and_then(|a| a.get(names::AGENT)?.parse().ok()),
+            lapsed,
             deletion: Deletion::read(pod),
         })
     }

@@ -42,6 +42,7 @@ fn placed(change: impl FnOnce(&mut ClaimParts)) -> Placed {
         reason: String::new(),
         message: String::new(),
         agent: None,
+        lapsed: None,
         deletion: None,
     }
 }

@@ -467,6 +467,24 @@ fn a_hook_that_outlasts_the_grace_leaves_the_container_two_seconds() {
 }
 
 #[test]
+fn a_fence_ends_a_pod_at_once_whatever_grace_it_was_given_and_says_why() {
+    let mut fenced = Story::of(|_| {}).begun();
+    fenced.tell(Event::Fence);
+    assert_eq!(fenced.stops(), [(0, 0)]);
+    assert_eq!(fenced.lifecycle.reason, "Fenced");
+    assert_eq!(fenced.lifecycle.state(), SandboxState::Stopped);
+
+    let mut story = Story::of(|_| {}).begun();
+    story.keep_back = |e| matches!(e, Effect::StopContainer { .. });
+    story.tell(Event::Stop {
+        grace: Duration::from_secs(600),
+    });
+    story.tell(Event::Fence);
+    assert_eq!(story.stops(), [(0, 600), (0, 0)]);
+    assert_eq!(story.lifecycle.reason, "", "it was ending already");
+}
+
+#[test]
 fn a_shorter_grace_hastens_and_a_longer_one_does_not_slow() {
     let mut story = Story::of(|_| {}).begun();
     story.keep_back = |e| matches!(e, Effect::StopContainer { .. });

@@ -18,7 +18,7 @@ fn calls() -> Calls {
 fn a_tenant_that_asks_without_end_is_refused_alone() {
     let calls = calls();
     let (greedy, modest) = (tenant("greedy"), tenant("modest"));
-    for kind in [Kind::Call, Kind::Watch, Kind::Logs, Kind::Splice] {
+    for kind in [Kind::Call, Kind::Watch, Kind::Grants, Kind::Logs, Kind::Splice] {
         let mut held = vec![];
         let status = loop {
             match calls.begin(&greedy, kind) {
@@ -162,4 +162,33 @@ async fn a_tenant_whose_messages_fill_its_share_keeps_nobody_else_out() {
     }
     let (read, refused) = flood(&calls, &tenant("honest"), "StartSandbox", 20, 1 << 20).await;
     assert_eq!((read, refused.len()), (20 << 20, 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_stream_of_grants_goes_on_for_as_long_as_each_of_them_is_short() {
+    let calls = calls();
+    let grants = 2 * PATIENCE.as_secs();
+    let message = |length: usize, sent: usize| {
+        let mut message = vec![0];
+        message.extend((length as u32).to_be_bytes());
+        message.resize(5 + sent, 0);
+        Ok::<_, Status>(hyper::body::Frame::data(Bytes::from(message)))
+    };
+    let each_second = futures::stream::unfold(0, move |number| async move {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let next = match number < grants {
+            true => message(40, 40),
+            false => message(MAX_QUESTION + 1, 0),
+        };
+        Some((next, number + 1))
+    });
+    let body = Body::new(http_body_util::StreamBody::new(Box::pin(each_second)));
+    let request = calls.admit(request("Grant", &tenant("t"), body)).unwrap();
+    assert_eq!((calls.grants.held(), calls.calls.held()), (1, 0));
+    let mut body = request.into_body();
+    for _ in 0..grants {
+        body.frame().await.unwrap().unwrap();
+    }
+    let status = body.frame().await.unwrap().unwrap_err();
+    assert_eq!(status.code(), tonic::Code::OutOfRange);
 }

@@ -126,6 +126,103 @@ fn a_host_that_comes_into_reach_gives_room_to_those_that_wait_for_it() {
     );
 }
 
+/// As the cell has it in that version, with what was said of its host in that second.
+fn leaving(claim: &Claim, version: u32, said: Option<i64>) -> Pod {
+    let mut pod = ending(told(claim, "host-b"));
+    if let Some(second) = said {
+        let patch = pool_cell::lapse::patch(&pod, jiff::Timestamp::from_second(second).unwrap());
+        pod.status = Some(serde_json::from_value(patch["status"].clone()).unwrap());
+    }
+    pod.metadata.resource_version = Some(version.to_string());
+    pod
+}
+
+/// One that is held on host-b, seen in version 5.
+fn held(claim: &Claim) -> Claims {
+    let mut pod = told(claim, "host-b");
+    pod.metadata.resource_version = Some("5".into());
+    let mut claims = listed(&[pod]);
+    claims.keep(Seat::Pod, &uid("u-1"), attempt(1), host("host-b"));
+    claims
+}
+
+#[test]
+fn what_is_given_up_is_over_when_its_hosts_lapse_was_said_twice_since() {
+    let one = claim("u-1", 1);
+    let mut claims = held(&one);
+    let asked = claims.give_up(&one.key, Proof::Lapsed);
+    assert_eq!(
+        asked,
+        [Effect::Witness(one.key.clone()), Effect::Delete(one.key.clone())]
+    );
+    // Told late: nobody knows when it was looked at.
+    assert_eq!(claims.seen(&leaving(&one, 6, Some(1))), []);
+    assert_eq!(claims.seen(&leaving(&one, 7, Some(3))), []);
+    assert_eq!(claims.unwitnessed(), [Effect::Witness(one.key.clone())]);
+    assert_eq!(claims.witnessed(&leaving(&one, 8, Some(5))), []);
+    assert_eq!(claims.unwitnessed(), []);
+    // What stood there is not new, nor is what was written before.
+    assert_eq!(claims.seen(&leaving(&one, 9, Some(5))), []);
+    assert_eq!(claims.seen(&leaving(&one, 7, Some(3))), []);
+    // Its look may have been before.
+    assert_eq!(claims.seen(&leaving(&one, 10, Some(7))), []);
+    assert_eq!(claims.seen(&leaving(&one, 11, Some(7))), []);
+    let over = [Effect::Remove(one.key.clone()), Effect::Over(one.key.clone())];
+    assert_eq!(claims.seen(&leaving(&one, 12, Some(9))), over);
+    assert_eq!(claims.seen(&leaving(&one, 13, Some(11))), [], "once");
+}
+
+#[test]
+fn a_lapse_is_no_proof_for_what_runs_at_most_once_and_a_claim_that_is_gone_is_for_all() {
+    for proof in [Proof::Lapsed, Proof::Gone] {
+        let one = claim("u-1", 1);
+        let mut claims = held(&one);
+        claims.give_up(&one.key, proof);
+        claims.witnessed(&leaving(&one, 8, None));
+        let mut said = claims.seen(&leaving(&one, 9, Some(1)));
+        said.extend(claims.seen(&leaving(&one, 10, Some(3))));
+        assert_eq!(!said.is_empty(), proof == Proof::Lapsed, "{said:?}");
+        let mut claims = held(&one);
+        claims.give_up(&one.key, proof);
+        assert_eq!(
+            claims.deleted(&leaving(&one, 9, None)),
+            [Effect::Look(one.key.clone())]
+        );
+        assert_eq!(claims.looked_in_vain(&one.key), [Effect::Over(one.key.clone())]);
+    }
+    // Of another attempt than the one that is held.
+    let mut claims = held(&claim("u-1", 1));
+    assert_eq!(claims.give_up(&key(&uid("u-1"), attempt(2)), Proof::Gone), []);
+}
+
+#[test]
+fn both_attempts_of_a_handover_are_given_up_each_by_itself() {
+    let (one, two) = (claim("u-1", 1), claim("u-1", 2));
+    let mut claims = held(&one);
+    claims.keep(Seat::Beside, &uid("u-1"), attempt(2), host("host-c"));
+    claims.seen(&at(told(&two, "host-c"), 6));
+    let asked = claims.give_up(&two.key, Proof::Lapsed);
+    assert_eq!(
+        asked,
+        [Effect::Witness(two.key.clone()), Effect::Delete(two.key.clone())]
+    );
+    claims.give_up(&one.key, Proof::Lapsed);
+    claims.witnessed(&leaving(&two, 7, None));
+    assert_eq!(claims.unwitnessed(), [Effect::Witness(one.key.clone())]);
+    // A switch meanwhile: what is known of each goes with it.
+    claims.seen(&leaving(&two, 8, Some(1)));
+    claims.exchange(
+        &uid("u-1"),
+        (attempt(2), host("host-c")),
+        (attempt(1), host("host-b")),
+    );
+    let over = |key: &SandboxKey| [Effect::Remove(key.clone()), Effect::Over(key.clone())];
+    assert_eq!(claims.seen(&leaving(&two, 9, Some(3))), over(&two.key));
+    claims.witnessed(&leaving(&one, 10, None));
+    assert_eq!(claims.seen(&leaving(&one, 11, Some(5))), []);
+    assert_eq!(claims.seen(&leaving(&one, 12, Some(7))), over(&one.key));
+}
+
 #[test]
 fn the_schedulers_words_are_told_once() {
     let mut claims = listed(&[]);
@@ -361,7 +458,7 @@ fn an_answer_that_comes_while_the_watch_lists_anew_is_looked_into() {
     claims.begin_listing();
     claims.answered(&at(created(&one), 7));
     let look = Effect::Look(one.key.clone());
-    assert_eq!(claims.end_listing(), [look.clone()]);
+    assert_eq!(claims.end_listing(), std::slice::from_ref(&look));
     // A read that failed is made again.
     assert!(claims.misses(&uid("u-1")));
     assert_eq!(claims.again(&uid("u-1")), [look]);
@@ -406,7 +503,7 @@ fn at(mut pod: Pod, version: u64) -> Pod {
 }
 
 enum Answer {
-    Found(Pod),
+    Found(Box<Pod>),
     Absent(SandboxKey),
     Exists(SandboxKey),
 }
@@ -444,11 +541,11 @@ impl LateCell {
             }
             Effect::Create(claim) => {
                 let pod = self.put(&claim.key, created(&claim));
-                self.answers.push_back(Answer::Found(pod));
+                self.answers.push_back(Answer::Found(Box::new(pod)));
             }
             Effect::Delete(key) => self.remove(&key),
             Effect::Look(key) => self.answers.push_back(match self.pods.get(&key) {
-                Some(pod) => Answer::Found(pod.clone()),
+                Some(pod) => Answer::Found(Box::new(pod.clone())),
                 None => Answer::Absent(key),
             }),
             _ => {}

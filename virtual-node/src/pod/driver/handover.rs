@@ -14,7 +14,6 @@ use tracing::{debug, info, warn};
 
 use super::{
     super::{
-        HOST_GRACE,
         budget::Permit,
         lifecycle::{Beside, Event, Handover, Intent, Leave, Place, Stage, Step},
         record::{Other, Record},
@@ -229,7 +228,7 @@ impl Driver {
             verdict: None,
             holdup: None,
             waiting: None,
-            host_lost: self.heard.borrow().is_silent_for(&next.host, HOST_GRACE),
+            host_lost: self.is_lost_at(next),
             unsettled: true,
             ended: false,
             now: Timestamp::now(),

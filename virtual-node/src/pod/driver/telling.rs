@@ -15,7 +15,6 @@ use tracing::{debug, warn};
 
 use super::{
     super::{
-        HOST_GRACE,
         lifecycle::{Intent, Stage},
         status::{self, Observed, Phase, is_ready},
     },
@@ -82,7 +81,7 @@ impl Driver {
     pub(super) fn observed<'a>(&'a self, pod: &'a Pod) -> Observed<'a> {
         let place = self.lifecycle.place();
         let sandbox = place.and_then(|place| self.reports.get(place)).map(Arc::as_ref);
-        let lost = place.is_some_and(|place| self.heard.borrow().is_silent_for(&place.host, HOST_GRACE));
+        let lost = self.is_host_lost();
         let finished = matches!(
             self.lifecycle.stage(),
             Stage::Vacant { .. } | Stage::Stopped { .. }

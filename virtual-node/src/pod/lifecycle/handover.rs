@@ -21,7 +21,9 @@
 //!
 //! An old attempt that ends by itself (its host stops it when only the pod's own grace
 //! is left of the notice) makes way for one that is being started: nothing overlaps
-//! then, and the switch waits for no readiness.
+//! then, and the switch waits for no readiness. So does one whose host is silent and has
+//! fenced it ([`Event::Lapsed`](super::Event::Lapsed)); a second attempt that was fenced
+//! so is over as if it had been forgotten.
 
 use std::time::Duration;
 
@@ -321,11 +323,24 @@ impl Lifecycle {
     }
 
     /// One of the two is fenced. What had to wait for that goes on.
-    pub(super) fn second_forgotten(mut self, at: &Place) -> Stepped {
+    pub(super) fn second_forgotten(self, at: &Place) -> Stepped {
         match self.step_of() {
-            Some(Step::Fencing { place }) if place == at => {}
-            _ => return self.stay(),
+            Some(Step::Fencing { place }) if place == at => self.second_over(),
+            _ => self.stay(),
         }
+    }
+
+    /// Its host has fenced it by itself. What is being written is not taken back: of
+    /// that one it is told again when it is the pod's placement.
+    pub(super) fn second_lapsed(self, over: &Place) -> Stepped {
+        match self.step_of() {
+            Some(Step::Switching { .. }) => self.stay(),
+            _ if self.second() == Some(over) => self.second_over(),
+            _ => self.stay(),
+        }
+    }
+
+    fn second_over(mut self) -> Stepped {
         self.handover = None;
         match self.stage.clone() {
             Stage::Stopped { place } if self.intent != Intent::Finish => self.stopped(place),
@@ -341,7 +356,15 @@ impl Lifecycle {
             Some(handover) if handover.rises() => {
                 let (this, _) = self.clone().to(Stage::Stopped { place: place.clone() }, []);
                 Some(match handover.step {
-                    Step::Rising { place } => this.switch(place),
+                    Step::Rising { place } | Step::Switching { place } => this.switch(place),
+                    // What is under way ends with the stage that has passed.
+                    Step::Starting { place } => {
+                        let start = Effect::Start {
+                            place: place.clone(),
+                            again: true,
+                        };
+                        this.advance(Step::Starting { place }, [start])
+                    }
                     _ => this.stay(),
                 })
             }

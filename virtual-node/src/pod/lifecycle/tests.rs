@@ -461,7 +461,7 @@ fn without_room_for_two_the_next_is_given_up_and_the_former_stopped_first() {
         assert_eq!((core.room_beside(), effects.len()), (Room::Nothing, 0));
         assert_eq!(core.room(), Room::Held(&place(0, 1)));
         let (_, effects) = core.step(noticed(0, 1, Leave::StopFirst));
-        assert_eq!(effects, [stop.clone()]);
+        assert_eq!(effects, std::slice::from_ref(&stop));
     }
     let mut events = rising();
     events.push(Event::NoOverlap);
@@ -485,6 +485,26 @@ fn a_former_attempt_that_ends_by_itself_makes_way_for_the_next_without_waiting_f
     assert_eq!(effects, [Effect::Switch(place(1, 2))]);
     let (_, effects) = core.step(Event::Switched);
     assert_eq!(effects, [Effect::Forget(place(0, 1))]);
+    // What was under way is begun again: its answer would be of a stage that has passed.
+    let start = Effect::Start {
+        place: place(1, 2),
+        again: true,
+    };
+    for (mut events, begun) in [
+        (vec![Event::Claimed(host(1)), Event::Prepared], start),
+        (switching(), Effect::Switch(place(1, 2))),
+    ] {
+        for over in [
+            seen(0, 1, SandboxState::Stopped),
+            Event::Missing(place(0, 1)),
+            Event::Lapsed(place(0, 1)),
+        ] {
+            events.push(over);
+            let (_, effects) = handed_over(&events);
+            assert_eq!(effects, std::slice::from_ref(&begun));
+            events.pop();
+        }
+    }
     // If nobody was asked yet, it is as without a handover.
     let (_, effects) = handed_over(&[Event::Claimed(host(1)), seen(0, 1, SandboxState::Stopped)]);
     assert_eq!(effects, [Effect::Forget(place(0, 1))]);
@@ -549,6 +569,96 @@ fn a_process_that_finds_two_attempts_on_record_keeps_the_placement_and_ends_the_
     let (core, _) = core.step(Event::StopUnknown(place(0, 1)));
     let (core, _) = core.step(Event::Forgotten(place(0, 1)));
     assert_eq!(core.room(), Room::Wanted(place(0, 3).attempt));
+}
+
+// ---- a host that says nothing
+
+#[test]
+fn an_attempt_that_has_lapsed_needs_no_answer_of_its_host() {
+    let lapsed = Event::Lapsed(place(0, 1));
+    let running = seen(0, 1, SandboxState::Running);
+    for events in [
+        vec![on_record()],
+        vec![on_record(), running.clone()],
+        vec![on_record(), Event::Missing(place(0, 1))],
+    ] {
+        let (core, _) = after(Intent::Run, &events);
+        let (same, effects) = core.clone().step(Event::Lapsed(place(1, 2)));
+        assert_eq!((same, effects.len()), (core.clone(), 0), "it is of another place");
+        let (core, effects) = core.step(lapsed.clone());
+        assert_eq!(
+            (core.room(), effects.len()),
+            (Room::Wanted(place(0, 2).attempt), 0)
+        );
+        // What comes back has nothing to say any more.
+        let (_, effects) = core.step(running.clone());
+        assert_eq!(effects, [Effect::Evict(place(0, 1))]);
+    }
+    let delete = Event::Intended(Intent::Delete { grace: GRACE });
+    let (core, _) = after(Intent::Run, &[on_record(), running, delete]);
+    let (_, effects) = core.step(lapsed);
+    assert_eq!(effects, [Effect::Remove]);
+}
+
+#[test]
+fn a_next_attempt_that_has_lapsed_is_over_and_the_one_that_serves_serves_on() {
+    let mut asked = rising();
+    asked.pop();
+    for events in [asked, rising()] {
+        let (core, _) = handed_over(&events);
+        let (core, effects) = core.step(Event::Lapsed(place(1, 2)));
+        assert_eq!(
+            (core.stage(), effects.len()),
+            (&Stage::Placed { place: place(0, 1) }, 0)
+        );
+        assert_eq!(core.room_beside(), Room::Nothing);
+        let (_, effects) = core.clone().step(seen(1, 2, SandboxState::Running));
+        assert_eq!(effects, [Effect::Evict(place(1, 2))]);
+        // Its number is not used again.
+        let (core, _) = core.step(noticed(0, 1, Leave::HandOver));
+        assert_eq!(core.room_beside(), Room::Wanted(place(0, 3).attempt));
+    }
+    // Whether it has taken the pod over is not known: that is being written.
+    let (core, _) = handed_over(&switching());
+    let (same, effects) = core.clone().step(Event::Lapsed(place(1, 2)));
+    assert_eq!((same, effects.len()), (core.clone(), 0));
+    let (core, _) = core.step(Event::Switched);
+    let (core, _) = core.step(Event::Lapsed(place(1, 2)));
+    assert_eq!(core.room(), Room::Nothing, "the former is not over");
+    let (core, _) = core.step(seen(0, 1, SandboxState::Stopped));
+    let (core, _) = core.step(Event::Forgotten(place(0, 1)));
+    assert_eq!(core.room(), Room::Wanted(place(0, 3).attempt));
+}
+
+#[test]
+fn an_attempt_that_lapses_while_it_serves_makes_way_for_the_next() {
+    let lapsed = Event::Lapsed(place(0, 1));
+    let (core, effects) = handed_over(&rising());
+    assert_eq!((core.room_beside(), effects.len()), (Room::Held(&place(1, 2)), 0));
+    let (core, effects) = core.step(lapsed.clone());
+    assert_eq!(effects, [Effect::Switch(place(1, 2))]);
+    let (core, effects) = core.step(Event::Switched);
+    assert_eq!(effects, [Effect::Forget(place(0, 1))]);
+    // Its host does not answer that either.
+    let (core, effects) = core.step(lapsed.clone());
+    assert_eq!(effects, []);
+    assert_eq!(*core.stage(), Stage::Placed { place: place(1, 2) });
+    assert_eq!(core.room_beside(), Room::Nothing);
+    // If nobody was asked yet, it is as without a handover.
+    for events in [vec![], vec![Event::Claimed(host(1))]] {
+        let (core, _) = handed_over(&events);
+        let (core, effects) = core.step(lapsed.clone());
+        let wanted = matches!(core.room(), Room::Wanted(attempt) if attempt > place(0, 1).attempt);
+        assert!(wanted && effects.is_empty(), "{core:?} {effects:?}");
+        assert_eq!(core.room_beside(), Room::Nothing);
+    }
+    // A former one that is being stopped is over by that.
+    let mut events = switching();
+    events.push(Event::Switched);
+    let (core, _) = handed_over(&events);
+    let (core, effects) = core.step(lapsed);
+    assert_eq!((core.room_beside(), effects.len()), (Room::Nothing, 0));
+    assert_eq!(*core.stage(), Stage::Placed { place: place(1, 2) });
 }
 
 // ---- the property, in a world of hosts, crashes and lost messages
@@ -629,6 +739,9 @@ enum Move {
     Claim(usize, u32),
     /// Host `usize` restarts: its sandbox is stopped.
     Reboot(usize),
+    /// Host `usize` is silent, and what the pod has there has lapsed: its host has fenced
+    /// it, and takes no ask of it any more, since it has no claim.
+    Lapse(usize),
     Fill(usize),
     /// Host `usize` has to give up what it has.
     Notice(usize),
@@ -658,6 +771,7 @@ fn moves() -> impl Strategy<Value = Vec<Move>> {
         8 => host.clone().prop_map(Move::Report),
         1 => Just(Move::Crash),
         1 => host.clone().prop_map(Move::Reboot),
+        2 => host.clone().prop_map(Move::Lapse),
         1 => host.clone().prop_map(Move::Fill),
         3 => host.clone().prop_map(Move::Notice),
         4 => host.prop_map(Move::Serve),
@@ -1042,6 +1156,18 @@ impl World {
             Move::Reboot(i) => {
                 if let Some((_, state)) = &mut self.agents[i].sandbox {
                     *state = SandboxState::Stopped;
+                }
+            }
+            Move::Lapse(i) => {
+                let second = self.core.second().cloned();
+                let both: Vec<Place> = self.core.place().cloned().into_iter().chain(second).collect();
+                for over in both.into_iter().filter(|place| index(&place.host) == i) {
+                    let (agent, attempt) = (&mut self.agents[i], over.attempt.get());
+                    agent.fenced = agent.fenced.max(attempt);
+                    if let Some((_, state)) = agent.sandbox.as_mut().filter(|(a, _)| *a <= attempt) {
+                        *state = SandboxState::Stopped;
+                    }
+                    self.step(Event::Lapsed(over));
                 }
             }
             Move::Fill(i) => self.agents[i].full = !self.agents[i].full,

@@ -423,6 +423,53 @@ async fn a_pod_deleted_in_the_midst_of_a_handover_leaves_nothing_on_either_host(
     );
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_next_attempt_whose_host_falls_silent_is_given_up_and_the_one_that_serves_serves_on() {
+    let world = rising().await;
+    world.b.set_reachable(false);
+    // What it was good for is over there as well: another is claimed.
+    world.until_claims(&["u-1-1", "u-1-3"]).await;
+    assert_eq!(world.condition(PLACED), "True: attempt 1 on host-a");
+    assert_eq!(world.condition("Ready"), "True");
+    assert!(
+        !world.asked().iter().any(|call| call.contains("stop")),
+        "{:?}",
+        world.asked()
+    );
+    world.b.set_reachable(true);
+    world.until_called("host-b forget u-1/2").await;
+    world.bind("u-1-3", "host-b");
+    world.until_called("host-b start u-1/3").await;
+    world.b.run("u-1");
+    world.until_condition(PLACED, "True: attempt 3 on host-b").await;
+    world.until_called("host-a stop(30) u-1/1").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pod_whose_host_falls_silent_in_a_handover_goes_on_as_the_next() {
+    let world = rising().await;
+    let silent = tokio::time::Instant::now();
+    world.a.set_reachable(false);
+    world.until_condition("Ready", "False").await;
+    assert_eq!(world.condition(PLACED), "True: attempt 1 on host-a");
+    // Not ready yet, and there is no other.
+    world.until_condition(PLACED, "True: attempt 2 on host-b").await;
+    assert!(
+        silent.elapsed() >= Duration::from_secs(38),
+        "{:?}",
+        silent.elapsed()
+    );
+    world.b.run("u-1");
+    world.until_condition("Ready", "True").await;
+    // Nobody waits for what its host would say.
+    world.until_claims(&["u-1-2"]).await;
+    world.until_condition(HANDOVER, "False").await;
+    assert!(world.placements().beside.is_empty());
+    world.a.set_reachable(true);
+    world.until_called("host-a forget u-1/1").await;
+    assert_eq!(world.condition(PLACED), "True: attempt 2 on host-b");
+}
+
 // ---- disruption budgets
 
 fn budget(allowed: i32) -> serde_json::Value {
@@ -484,4 +531,77 @@ async fn of_two_pods_of_one_budget_the_second_leaves_when_the_first_is_back() {
     assert!(!world.has_called("host-a stop(30) u-2/1"), "{:?}", world.asked());
     world.b.run("u-1");
     world.until_called("host-a stop(30) u-2/1").await;
+}
+
+// ---- a host that says nothing
+
+/// Of a ReplicaSet's, which may be replaced before it is known that nothing of it runs.
+fn replica() -> serde_json::Value {
+    json!([{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web", "uid": "rs-1", "controller": true}])
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_whose_host_is_silent_starts_elsewhere_when_no_grant_and_no_lease_can_be_live() {
+    let world = World::with_cell().await;
+    world.running_by_claim().await;
+    world.own("u-1", replica());
+    // For less than that: unready for a while, and nothing else.
+    world.a.set_reachable(false);
+    world.until_condition("Ready", "False").await;
+    world.let_pass(Duration::from_secs(20)).await;
+    world.a.set_reachable(true);
+    world.until_condition("Ready", "True").await;
+    assert_eq!(world.claims(), ["u-1-1"]);
+    let silent = tokio::time::Instant::now();
+    world.a.set_reachable(false);
+    world.until_condition("Ready", "False").await;
+    assert!(
+        silent.elapsed() <= Duration::from_secs(15),
+        "{:?}",
+        silent.elapsed()
+    );
+    world.let_pass(Duration::from_secs(20)).await;
+    assert_eq!(world.claims(), ["u-1-1"], "after {:?}", silent.elapsed());
+    // The cell lets it go: its host has said that nothing of it is left, or there is none.
+    world.until_claims(&["u-1-2"]).await;
+    assert!(
+        silent.elapsed() >= Duration::from_secs(38),
+        "{:?}",
+        silent.elapsed()
+    );
+    world.bind("u-1-2", "host-b");
+    world.until_called("host-b start u-1/2").await;
+    // What comes back has nothing to say any more.
+    world.a.set_reachable(true);
+    world.until_called("host-a forget u-1/1").await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_virtual_node_that_has_just_started_takes_every_host_to_hold_a_grant() {
+    let mut world = World::with_cell().await;
+    world.running_by_claim().await;
+    world.own("u-1", replica());
+    world.a.set_reachable(false);
+    world.kill().await;
+    world.let_pass(Duration::from_secs(300)).await;
+    world.start();
+    let begun = tokio::time::Instant::now();
+    world.until_claims(&["u-1-2"]).await;
+    assert!(
+        begun.elapsed() >= Duration::from_secs(30),
+        "{:?}",
+        begun.elapsed()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_deletion_on_a_silent_host_is_done_when_its_claim_is_gone() {
+    let world = World::with_cell().await;
+    world.running_by_claim().await;
+    world.a.set_reachable(false);
+    world.let_pass(Duration::from_secs(600)).await;
+    assert_eq!(world.claims(), ["u-1-1"]);
+    world.api.delete_pod(super::world::WEB, 5);
+    world.until("the pod is gone", |w| w.pod().is_null()).await;
+    world.until_claims(&[]).await;
 }

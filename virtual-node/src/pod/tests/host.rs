@@ -332,6 +332,7 @@ type Events<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 #[tonic::async_trait]
 impl PoolAgent for Host {
     type WatchStream = Events<wire::WatchEvent>;
+    type GrantStream = Events<wire::GrantResponse>;
     type LogsStream = Events<wire::LogChunk>;
     type SpliceStream = Events<wire::SpliceFrame>;
 
@@ -473,6 +474,19 @@ impl PoolAgent for Host {
             }
         });
         Ok(Response::new(stream::iter(first).chain(later).boxed()))
+    }
+
+    async fn grant(
+        &self,
+        request: Request<Streaming<wire::GrantRequest>>,
+    ) -> Result<Response<Self::GrantStream>, Status> {
+        let answers = request.into_inner().map(|grant| {
+            Ok(wire::GrantResponse {
+                sequence: grant?.sequence,
+                lease_millis: 40_000,
+            })
+        });
+        Ok(Response::new(answers.boxed()))
     }
 
     async fn logs(&self, _: Request<wire::LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {

@@ -9,6 +9,7 @@ use std::{
 };
 
 use http::Method;
+use pool_agent_api::Epoch;
 use pool_agent_api::{HostName, Resources, tenant::MeshControl};
 use prometheus_client::registry::Registry;
 use serde_json::{Value, json};
@@ -27,7 +28,7 @@ use crate::{
         Directory, Supervisor, budget::Budgets, driver::Tools, metrics::Metrics, translate::NodeFacts,
         watch_pods,
     },
-    pool::{Membership, Named, Pool},
+    pool::{Membership, Named, Pool, Rights},
 };
 
 pub(super) const NODE: &str = "node";
@@ -165,6 +166,14 @@ impl World {
         object["status"]["conditions"] =
             json!([{"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": why}]);
         self.cell().put(&path, object);
+    }
+
+    /// The pod's owners, as from its creation.
+    pub(super) fn own(&self, uid: &str, owners: Value) {
+        let mut object = self.api.get(WEB).unwrap();
+        assert_eq!(object["metadata"]["uid"], uid);
+        object["metadata"]["ownerReferences"] = owners;
+        self.api.put(WEB, object);
     }
 
     /// Gone without the node's doing.
@@ -493,6 +502,7 @@ fn pool_host(name: &str) -> config::PoolHost {
 
 fn membership() -> Membership {
     Membership {
+        rights: Rights::new(Epoch::parse("epoch", 1).unwrap()),
         tenant: "demo".parse().unwrap(),
         node_name: NODE.into(),
         cluster: config::Cluster {
