@@ -1,5 +1,5 @@
 //! A lab whose hosts come and go: Karpenter beside the cell, and the lab's
-//! [`driver`](crate::driver), which makes hosts as a cloud makes machines.
+//! [`driver`], which makes hosts as a cloud makes machines.
 //!
 //! An operator of a real pool does the same: `karpenter install`, the manifests of
 //! `deploy/karpenter`, a driver for his cloud (`docs/guide/elastic.md`).
