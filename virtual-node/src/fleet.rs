@@ -250,25 +250,20 @@ struct Fleet {
 
 impl Fleet {
     async fn run(mut self, shutdown: &CancellationToken) {
-        let mut nodes = watcher(
-            Api::<VirtualNode>::all(self.cell.clone()),
-            watcher::Config::default(),
-        )
-        .modify(|node| node.metadata.managed_fields = None)
-        .default_backoff()
-        .boxed();
+        let all = Api::all(self.cell.clone());
+        let mut nodes = objects::watch::<VirtualNode>(all, watcher::Config::default())
+            .default_backoff()
+            .boxed();
         let ours = format!(
             "{} in ({}, {})",
             leases::KIND,
             leases::OF_REPLICA,
             leases::OF_NODE
         );
-        let mut leases = watcher(
-            Api::<Lease>::all(self.cell.clone()),
-            watcher::Config::default().labels(&ours),
-        )
-        .default_backoff()
-        .boxed();
+        let all = Api::all(self.cell.clone());
+        let mut leases = objects::watch::<Lease>(all, watcher::Config::default().labels(&ours))
+            .default_backoff()
+            .boxed();
         let mut round = tokio::time::interval(ROUND);
         round.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {

@@ -16,7 +16,6 @@ use std::{
 
 use backon::{ConstantBuilder, Retryable};
 use futures::StreamExt;
-use mesh_runtime::redirect::Deadline;
 use pool_agent_api::{
     SandboxKey, SandboxSpec, SandboxStatus, TenantId,
     spec::MeshMode,
@@ -301,6 +300,8 @@ impl Host {
         };
         let (hands, mesh) = self.hands(&spec, heir.entry.address, heir.entry.user_ids, &tenant);
         let dirs = self.inner.shop.layout.sandbox(&heir.entry.key);
+        // Before it is attached, which writes the deadline that is known.
+        let over = self.resume_right(&spec, heir.entry.address).await;
         let found = self
             .find(&spec, &heir.entry, heir.there, &hands, read_status(&dirs))
             .await;
@@ -315,25 +316,27 @@ impl Host {
         self.spawn(
             lifecycle, &spec, address, &tenant, hands, mesh, heir.ends, heir.older,
         );
-        self.resume_right(&spec, address).await;
+        if over {
+            self.fence_one(&spec.key);
+        }
     }
 
-    /// Goes on from the deadline that the kernel has held it to, if that has not passed.
-    async fn resume_right(&self, spec: &SandboxSpec, address: Ipv4Addr) {
+    /// Goes on from the deadline that the kernel has held it to; whether that has passed.
+    /// One that the kernel does not know (it has still to begin, or the programs are
+    /// others now) has no packets until a renewal or a grant is heard.
+    async fn resume_right(&self, spec: &SandboxSpec, address: Ipv4Addr) -> bool {
         let node = Node::new(&spec.tenant, &spec.node_name);
         let left = loop {
             match self.inner.shop.mesh.deadline(&spec.tenant, address).await {
-                // It has no packets: it is one that has still to begin.
-                Ok(left) => break left.unwrap_or(Deadline::Never),
+                Ok(Some(left)) => break left,
+                Ok(None) => return false,
                 Err(error) => {
                     tracing::warn!(error = described(&error), "a sandbox's deadline cannot be read");
                     tokio::time::sleep(AGAIN).await;
                 }
             }
         };
-        if !self.inner.shop.fence.resumed(&node, left) {
-            self.fence_one(&spec.key);
-        }
+        !self.inner.shop.fence.resumed(&node, left)
     }
 
     async fn find(

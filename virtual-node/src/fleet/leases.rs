@@ -79,13 +79,20 @@ enum Of {
 }
 
 fn of(lease: &Lease) -> Option<Of> {
+    // Those are the hosts' to write, labels and all.
+    if lease.metadata.namespace.as_deref() == Some(pool_cell::names::LEASES) {
+        return None;
+    }
     let labels = lease.metadata.labels.as_ref()?;
     match labels.get(KIND)?.as_str() {
         OF_NODE => Some(Of::Node(Key {
             namespace: lease.metadata.namespace.clone()?,
             name: lease.metadata.name.as_deref()?.strip_prefix(PREFIX)?.to_owned(),
         })),
-        OF_REPLICA => Some(Of::Replica(lease.spec.as_ref()?.holder_identity.clone()?)),
+        OF_REPLICA => {
+            let holder = lease.spec.as_ref()?.holder_identity.clone()?;
+            (lease.metadata.name.as_ref() == Some(&holder)).then_some(Of::Replica(holder))
+        }
         _ => None,
     }
 }

@@ -14,6 +14,7 @@ use kube::{
 use objects::Lenient;
 use serde_json::json;
 use tokio::time::Instant;
+use tracing::warn;
 
 use crate::api_server::answered;
 
@@ -65,6 +66,15 @@ pub(crate) async fn drain(client: Client, node: &str, mut tell: impl FnMut(usize
             match asked {
                 // Gone, another of its name, or its budget allows none now.
                 Err(Error::Api(refused)) if [404, 409, 429].contains(&refused.code) => {}
+                // One pod that cannot be evicted, for two budgets or a webhook, is deleted
+                // when the time for that comes, and holds up no other.
+                Err(Error::Api(refused)) => warn!(
+                    namespace,
+                    pod = name,
+                    code = refused.code,
+                    reason = refused.message,
+                    "a pod of a node that is removed was not asked to go"
+                ),
                 asked => asked?,
             }
         }

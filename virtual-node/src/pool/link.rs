@@ -23,7 +23,8 @@ use super::{
 const PING: Duration = Duration::from_secs(5);
 /// After the first failure; doubles.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
-const RETRY_MOST: Duration = Duration::from_secs(5);
+/// A host is to be heard again before its pods count as unready for its silence.
+const RETRY_MOST: Duration = Duration::from_secs(2);
 
 pub(super) struct Link {
     client: HostClient,
