@@ -325,6 +325,11 @@ async fn nothing_else_is_allowed(node: &Client, admin: &Client, ours: &str, thei
         .body(serde_json::to_vec(&binding)?)?;
     forbidden("binds a claim itself", node.request_text(bind).await)?;
     let pods: Api<Pod> = Api::namespaced(node.clone(), ours);
+    // Of one that is bound: what is bound to no host goes at once.
+    let bind = http::Request::post(format!("/api/v1/namespaces/{ours}/pods/u-3-1/binding"))
+        .header("content-type", "application/json")
+        .body(serde_json::to_vec(&binding)?)?;
+    admin.request_text(bind).await?;
     let forever = DeleteParams::default().grace_period(3601);
     let refused = pods.delete("u-3-1", &forever).await;
     ensure!(
